@@ -1,0 +1,63 @@
+"""The nouns and protocols that cross thornback's rooms. Knows neither Ray nor torch."""
+
+from thornback.contracts.errors import (
+    ActorLost,
+    ConfigError,
+    DataError,
+    InvalidRequest,
+    ModelError,
+    NotImproved,
+    RewardError,
+    ThornbackError,
+)
+from thornback.contracts.generation import Engine, EngineConfig, EngineLoad, FinishReason, InFlight, Output, Request
+from thornback.contracts.kv import BlockRun, KVExport, KVImport, Lease
+from thornback.contracts.rollouts import (
+    FINISH_REASONS,
+    Anchor,
+    RolloutBatch,
+    anchors_from_arrow,
+    anchors_to_arrow,
+    offsets_of,
+)
+from thornback.contracts.sampling import SamplingParams
+from thornback.contracts.tasks import Completion, Prompt, Reward, RewardScorer, Task
+from thornback.contracts.weights import STORAGE_DTYPES, TensorSpec, WeightView, weight_index
+
+__all__ = [
+    "FINISH_REASONS",
+    "STORAGE_DTYPES",
+    "ActorLost",
+    "Anchor",
+    "BlockRun",
+    "Completion",
+    "ConfigError",
+    "DataError",
+    "Engine",
+    "EngineConfig",
+    "EngineLoad",
+    "FinishReason",
+    "InFlight",
+    "InvalidRequest",
+    "KVExport",
+    "KVImport",
+    "Lease",
+    "ModelError",
+    "NotImproved",
+    "Output",
+    "Prompt",
+    "Request",
+    "Reward",
+    "RewardError",
+    "RewardScorer",
+    "RolloutBatch",
+    "SamplingParams",
+    "Task",
+    "TensorSpec",
+    "ThornbackError",
+    "WeightView",
+    "anchors_from_arrow",
+    "anchors_to_arrow",
+    "offsets_of",
+    "weight_index",
+]

@@ -1,0 +1,51 @@
+"""A request's keys and values on the move: descriptors that only a transport looks into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to read blocks of a pool until `expires_at` (seconds, `time.time()` of the owner's node)."""
+
+    lease_id: str
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRun:
+    """`length` neighbouring blocks of a pool, the first one numbered `start`."""
+
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVExport:
+    """Blocks that one engine offers: the keys and values of a request's first `num_tokens` tokens.
+
+    `location` names the pool for a transport (a shared-memory file's path, or "" for this process).
+    `block_shape` is `(num_layers, 2, block_size, kv_heads, head_dim)`; both pools must agree on it.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    num_tokens: int
+    runs: tuple[BlockRun, ...]
+    location: str
+    lease: Lease
+    dtype: str
+    block_shape: tuple[int, ...]
+    weight_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVImport:
+    """Keys and values that arrived: `blocks` is `[num_blocks, *block_shape]`, read once while adding the request."""
+
+    num_tokens: int
+    blocks: np.ndarray = field(repr=False)
+    weight_version: int

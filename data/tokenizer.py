@@ -1,0 +1,49 @@
+"""A character tokenizer for tiny models, and the one way in which a prompt becomes token ids."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+# ChatML, as Qwen's models use it.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")
+# One token each, so that a tiny model has less to spell. They are text: decoding keeps them.
+WHOLE_TOKENS = (
+    *("system", "user", "assistant", "tool"),
+    *("<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>"),
+    *("<search>", "</search>", "<information>", "</information>"),
+)
+
+
+def character_tokenizer(extra_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token a printable ASCII character; roles, tags and `extra_tokens` are one token each."""
+    vocabulary = [*SPECIAL_TOKENS, *WHOLE_TOKENS, *extra_tokens, *sorted(set(string.printable))]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in (*WHOLE_TOKENS, *extra_tokens)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], system_prompt: str | None = None
+) -> list[int]:
+    """Token ids of a conversation that the assistant is to continue; training and serving both come here."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    ids = tokenizer.apply_chat_template([*system, *messages], add_generation_prompt=True, tokenize=True, return_dict=False)
+    return list(ids)

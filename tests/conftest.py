@@ -1,0 +1,32 @@
+"""What every room's tests share: tiny models, built once a session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_model("qwen3")`: the directory of a random model with a character tokenizer; keywords as build_model's."""
+    built: dict[tuple, Path] = {}
+
+    def build(architecture: str = "qwen3", **options) -> Path:
+        from thornback.data.tokenizer import character_tokenizer
+        from thornback.train.build import build_model
+
+        key = (architecture, *sorted(options.items()))
+        if key not in built:
+            directory = tmp_path_factory.mktemp(architecture)
+            options = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, **options}
+            built[key] = build_model(directory, character_tokenizer(), architecture=architecture, **options)
+        return built[key]
+
+    return build
