@@ -84,6 +84,7 @@ class RolloutBatch:
     @classmethod
     def from_arrow(cls, table: pa.Table) -> RolloutBatch:
         """The inverse of `to_arrow`; also of a table that was filtered, sliced or read back from Parquet."""
+
         def column(name: str) -> pa.Array:
             chunks = table[name].chunks
             return pa.concat_arrays(chunks) if chunks else pa.array([], table[name].type)

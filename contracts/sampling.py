@@ -45,7 +45,12 @@ class SamplingParams:
             (self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1"),
             (0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "between 0 and max_tokens"),
             (self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "0 or more"),
-            (self.prompt_logprobs is None or self.prompt_logprobs >= 0, "prompt_logprobs", self.prompt_logprobs, "0 or more"),
+            (
+                self.prompt_logprobs is None or self.prompt_logprobs >= 0,
+                "prompt_logprobs",
+                self.prompt_logprobs,
+                "0 or more",
+            ),
         )
         for ok, name, value, wanted in checks:
             if not ok:

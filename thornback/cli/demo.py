@@ -1,0 +1,20 @@
+"""`thornback demo`: the whole story, from a model built from nothing to questions asked through HTTP."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "demo", help="build, train, serve and ask a small model, in twelve minutes on two cores"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another run (default: %(default)s)")
+    parser.add_argument("--out", default="", metavar="DIR", help="the run directory (default: runs/demo-SEED)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from thornback.train.demo import run_demo
+
+    run_demo(seed=arguments.seed, directory=arguments.out or f"runs/demo-{arguments.seed}")

@@ -1,0 +1,48 @@
+"""Reads the command line, runs one command, and turns what went wrong into one sentence and an exit code.
+
+Exit codes: 0 done; 2 something that the user can put right (one sentence on stderr, no traceback); 130
+interrupted. Anything else that escapes is a bug: its traceback stays, and Python exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import thornback
+from thornback.cli import demo, serving, submit, training
+from thornback.contracts import ThornbackError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command; each sets `run`, a function of the parsed arguments that returns None."""
+    parser = argparse.ArgumentParser(
+        prog="thornback",
+        description="Post-train language models on several rewards at once, and serve them, on one Ray cluster.",
+    )
+    parser.add_argument("--version", action="version", version=f"thornback {thornback.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (demo, training, serving, submit):
+        module.add_commands(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    # libgomp's spinning threads starve each other where processes share cores; this must precede torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ThornbackError as error:
+        print(f"thornback: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("thornback: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
