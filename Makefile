@@ -16,11 +16,12 @@ BENCH_READY = .venv-bench/.installed
 # does not; everything else is exactly what the lock says.
 define make_environment
 	@test -n "$(PYTHON)" || { echo "thornback needs Python 3.11 or later: none was found; name one with PYTHON=..." >&2; exit 1; }
+	@echo "Installing $(2) into $(1), once: this takes some minutes."
 	rm -f $(1)/.installed
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --constraint $(2) torch==2.13.0
-	$(1)/bin/python -m pip install --quiet --no-deps --requirement $(2)
-	$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(1)/bin/python -m pip install -qq --constraint $(2) torch==2.13.0
+	$(1)/bin/python -m pip install -qq --no-deps --requirement $(2)
+	$(1)/bin/python -m pip install -qq --no-deps --no-build-isolation --editable .
 	touch $(1)/.installed
 endef
 
