@@ -4,10 +4,12 @@ from thornback.engine.generate import Collector, Sample, generate
 from thornback.engine.kv_pool import KVPool, read_export
 from thornback.engine.model import ModelShape, check_model_directory, load_model
 from thornback.engine.packing import sequence_logprobs
+from thornback.engine.threads import THREAD_ENVIRONMENT
 from thornback.engine.torch_engine import TorchEngine
 from thornback.engine.weights import bind_weights, copy_parameters, flatten_parameters, tensor_to_numpy
 
 __all__ = [
+    "THREAD_ENVIRONMENT",
     "Collector",
     "KVPool",
     "ModelShape",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,24 +26,19 @@ def sequence_logprobs(
     """Log-probabilities of each sequence's tokens from `response_starts[i]` on (at least 1), end to end.
 
     Returns `[sum T]` in float32, with gradients where they are on, of softmax(logits / temperature), and the
-    entropies of the same distributions `[sum T]` (detached) if asked for. The output head runs on the positions
-    that predict a response token only.
+    entropies of the same distributions `[sum T]` (detached) if asked for. Neighbours with the same prompt share
+    its computation, and the output head runs only on the positions that predict a response token.
     """
     device = next(model.parameters()).device
-    lengths = [len(s) for s in sequences]
-    flat = np.concatenate([np.asarray(s, np.int64) for s in sequences])
-    starts = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=starts[1:])
-    predicted = np.concatenate([np.arange(starts[i] + response_starts[i], starts[i + 1]) for i in range(len(lengths))])
-    positions = np.arange(len(flat)) - np.repeat(starts[:-1], lengths)
+    layout = _layout([np.asarray(s, np.int64) for s in sequences], response_starts)
     inputs = {
-        "input_ids": torch.from_numpy(flat)[None].to(device),
-        "position_ids": torch.from_numpy(positions)[None].to(device),
+        "input_ids": torch.from_numpy(layout.token_ids)[None].to(device),
+        "position_ids": torch.from_numpy(layout.positions)[None].to(device),
         "use_cache": False,
-        "batch": PackedBatch.of(lengths, device),
+        "batch": PackedBatch.of(layout.sequences, device),
     }
-    rows = torch.from_numpy(predicted - 1).to(device)
-    targets = torch.from_numpy(flat[predicted]).to(device)
+    rows = torch.from_numpy(layout.predicting).to(device)
+    targets = torch.from_numpy(layout.targets).to(device)
     per_chunk = max(1, _LOGIT_ROWS // model.config.get_text_config().vocab_size)
     if len(rows) <= per_chunk or not _plain_head(model):
         logits = model(**inputs, logits_to_keep=rows).logits[0]
@@ -57,6 +53,49 @@ def sequence_logprobs(
     pieces = zip(hidden.split(per_chunk), targets.split(per_chunk), strict=True)
     parts = [checkpoint(chunk, x, ids, use_reentrant=False) for x, ids in pieces]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if with_entropy else None
+
+
+@dataclass(slots=True)
+class _Layout:
+    """Packed tokens and their positions `[T]`; each sequence's rows among them; and for every response token the
+    row that predicts it and its id, `[sum responses]`."""
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    sequences: list[np.ndarray]
+    predicting: np.ndarray
+    targets: np.ndarray
+
+
+def _layout(sequences: list[np.ndarray], response_starts: Sequence[int]) -> _Layout:
+    pieces: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
+    end = 0
+
+    def append(tokens: np.ndarray, start: int) -> np.ndarray:
+        nonlocal end
+        pieces.append(tokens)
+        positions.append(np.arange(start, start + len(tokens)))
+        end += len(tokens)
+        return np.arange(end - len(tokens), end)
+
+    prompt = prompt_rows = np.empty(0, np.int64)
+    for sequence, start in zip(sequences, response_starts, strict=True):
+        if not 0 < start < len(sequence):
+            raise ValueError(f"a response starts at {start} in a sequence of {len(sequence)}: it needs a token before.")
+        if not np.array_equal(prompt, sequence[:start]):
+            prompt = sequence[:start]
+            prompt_rows = append(prompt, 0)
+        rows.append(np.concatenate([prompt_rows, append(sequence[start:], start)]))
+    starts = zip(rows, response_starts, strict=True)
+    return _Layout(
+        token_ids=np.concatenate(pieces),
+        positions=np.concatenate(positions),
+        sequences=rows,
+        predicting=np.concatenate([r[start - 1 : -1] for r, start in starts]),
+        targets=np.concatenate([s[start:] for s, start in zip(sequences, response_starts, strict=True)]),
+    )
 
 
 def _plain_head(model: PreTrainedModel) -> bool:

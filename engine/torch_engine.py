@@ -129,9 +129,8 @@ class TorchEngine:
         if request.output_token_ids and (sampling.n > 1 or len(request.output_token_ids) >= sampling.max_tokens):
             raise InvalidRequest("A request that goes on after earlier output needs n = 1 and room below max_tokens.")
         if request.adapter is not None and request.adapter not in self.runner.adapters.names:
-            raise InvalidRequest(
-                f"There is no adapter named {request.adapter}; loaded: {sorted(self.runner.adapters.names)}."
-            )
+            known = ", ".join(sorted(self.runner.adapters.names)) or "none"
+            raise InvalidRequest(f"There is no adapter named {request.adapter}; loaded: {known}.")
 
     def abort_request(self, request_id: str) -> None:
         for seq in self._sequences.pop(request_id, ()):

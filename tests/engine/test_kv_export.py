@@ -1,0 +1,76 @@
+"""Keys and values that leave one engine and go on in another."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.engine.contract import PROMPTS
+from thornback.contracts import EngineConfig, KVImport, Request, SamplingParams
+from thornback.engine import TorchEngine, copy_parameters, generate, read_export
+
+PARAMS = SamplingParams(max_tokens=12, ignore_eos=True, seed=11)
+
+
+@pytest.fixture
+def engines(tiny_model, tmp_path):
+    config = dict(block_size=4, num_blocks=48, max_model_len=128, max_num_seqs=8)
+    location = str(tmp_path / "pool")
+    prefill = TorchEngine(tiny_model("qwen3"), EngineConfig(**config, kv_location=location, lease_seconds=0.3))
+    return prefill, TorchEngine(tiny_model("qwen3"), EngineConfig(**config))
+
+
+def prefilled(engine, name: str, prompt):
+    engine.add_request(Request(name, prompt, PARAMS, export_kv=True))
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    return outputs[-1]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_request_moves_between_engines(engines, prompt) -> None:
+    prefill, decode = engines
+    wanted = generate(decode, [Request("w", prompt, PARAMS)])["w"][0].token_ids.tolist()
+    decode.flush_prefix_cache()
+    out = prefilled(prefill, "p", prompt)
+    assert out.finish_reason is None
+    export = out.kv
+    assert len(export.runs) == 1  # the segment allocator gave it one run
+    assert (export.num_tokens, export.token_ids) == (len(prompt), (*prompt, *out.token_ids))
+    kv = KVImport(export.num_tokens, read_export(export), export.weight_version)
+    prefill.release(export.lease)
+    assert prefill.load().num_free_blocks == 48
+    request = Request("d", prompt, PARAMS, output_token_ids=tuple(out.token_ids))
+    decode.add_request(request, kv)
+    first = decode.step()[0]
+    assert first.num_cached_tokens == len(prompt)  # nothing of the prompt was computed again
+    rest = [*first.token_ids]
+    while decode.has_unfinished_requests():
+        rest += [t for o in decode.step() for t in o.token_ids]
+    assert out.token_ids + rest == wanted
+    assert decode.load().num_free_blocks == 48
+
+
+def test_a_lease_that_nobody_releases_ends(engines) -> None:
+    prefill, _ = engines
+    prefilled(prefill, "p", PROMPTS[3])
+    assert prefill.load().num_free_blocks == 48 - 10
+    time.sleep(0.35)
+    assert prefill.load().num_free_blocks == 48
+
+
+def test_keys_and_values_of_other_weights_are_computed_again(engines) -> None:
+    prefill, decode = engines
+    out = prefilled(prefill, "p", PROMPTS[3])
+    blocks = read_export(out.kv)
+    blocks.fill(9.0)  # would spoil the answer if it were used
+    decode.load_weights(copy_parameters(decode.model), version=1)
+    wanted = generate(decode, [Request("w", PROMPTS[3], PARAMS)])["w"][0].token_ids.tolist()
+    request = Request("d", PROMPTS[3], PARAMS, output_token_ids=tuple(out.token_ids))
+    decode.add_request(request, KVImport(out.kv.num_tokens, blocks, weight_version=0))
+    rest = []
+    while decode.has_unfinished_requests():
+        rest += [t for o in decode.step() for t in o.token_ids]
+    assert out.token_ids + rest == wanted
