@@ -31,10 +31,10 @@ help:
 
 venv: $(ENV_READY)
 
-$(ENV_READY): requirements.lock pyproject.toml
+$(ENV_READY): requirements.lock
 	$(call make_environment,.venv,requirements.lock)
 
-$(BENCH_READY): requirements-bench.lock pyproject.toml
+$(BENCH_READY): requirements-bench.lock
 	$(call make_environment,.venv-bench,requirements-bench.lock)
 
 demo: venv

@@ -1,0 +1,234 @@
+"""The one attention function under every model: transformers calls it through its attention interface.
+
+A pass carries tokens packed end to end, `[1, T]`, without padding; only inside attention are they spread over
+padded groups. `PagedBatch` reads and writes the paged KV pool (generation); `PackedBatch` is plain causal
+attention within each sequence, with gradients (training).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from thornback.contracts import ModelError
+
+ATTENTION_NAME = "thornback"
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    batch: PagedBatch | PackedBatch | None = None,
+    **unsupported: object,
+) -> tuple[Tensor, None]:
+    """`query` `[1, heads, T, D]`, `key` and `value` `[1, kv_heads, T, D]`; returns `[1, T, heads, D]`."""
+    for name in ("softcap", "s_aux"):
+        if unsupported.get(name) is not None:
+            raise ModelError(f"{type(module).__name__} asks for attention with '{name}', which thornback lacks.")
+    assert batch is not None, "a model with thornback's attention runs on a PagedBatch or PackedBatch"
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return batch.attend(module.layer_idx, q, k, v, scaling, sliding_window)[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention)
+
+
+def _grouped_query(q: Tensor, kv_heads: int) -> Tensor:
+    """`[B, Q, heads, D]` to `[B, kv_heads, group * Q, D]`: the heads that share keys become rows of one product."""
+    b, n, heads, d = q.shape
+    return q.view(b, n, kv_heads, heads // kv_heads, d).permute(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, d)
+
+
+def _ungrouped(out: Tensor, num_queries: int) -> Tensor:
+    """The inverse, to `[B, Q, heads, D]`."""
+    b, kv_heads, _, d = out.shape
+    return out.view(b, kv_heads, -1, num_queries, d).permute(0, 3, 1, 2, 4).reshape(b, num_queries, -1, d)
+
+
+def _size_class(length: int) -> int:
+    """Lengths within a factor of two of each other share a padded group."""
+    return max(int(length) - 1, 31).bit_length()
+
+
+@dataclass(slots=True)
+class PagedGroup:
+    """Sequences of like size, padded to one shape: B sequences of at most Q new tokens over N blocks each.
+
+    `rows` `[B * Q]`: each query's place in the packed tokens (padding repeats row 0); `back`: where in `[B * Q]`
+    the packed tokens `tokens` stand (None: the group is exactly the tokens `rows`, in order). `tables` `[B * N]`:
+    block numbers. `positions` `[B, Q]`: each query's position; `tree`: bool `[B, Q, N * block_size]`, which keys
+    a query may see, instead of all up to its position.
+    """
+
+    num_sequences: int
+    num_queries: int
+    rows: Tensor
+    tokens: Tensor | None
+    back: Tensor | None
+    tables: Tensor
+    positions: Tensor
+    tree: Tensor | None = None
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, num_keys: int, window: int | None, dtype: torch.dtype, group: int) -> Tensor:
+        """Additive, `[B, 1, group * Q, num_keys]`."""
+        if window not in self.masks:
+            keys = torch.arange(num_keys, device=self.positions.device)
+            distance = self.positions[:, :, None] - keys
+            seen = (distance >= 0) if self.tree is None else self.tree
+            if window is not None:
+                seen = seen & (distance < window)
+            bias = torch.zeros(seen.shape, dtype=dtype, device=keys.device).masked_fill_(~seen, -torch.inf)
+            self.masks[window] = bias[:, None].repeat(1, 1, group, 1) if self.num_queries > 1 else bias[:, None]
+        return self.masks[window]
+
+
+@dataclass(slots=True)
+class PagedBatch:
+    """One pass of generation. `pool` is `[num_blocks, layers, 2, block_size, kv_heads, D]`; `slots` int64 `[T]` is
+    where each token's key of layer 0 goes, counted in rows of `kv_heads * D`."""
+
+    pool: Tensor
+    slots: Tensor
+    groups: list[PagedGroup]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
+        """Write the new keys and values, then read every sequence's own: `[T, heads, D]` of all tokens."""
+        _, num_layers, _, block_size, kv_heads, d = self.pool.shape
+        rows = self.pool.view(-1, kv_heads * d)
+        slots = self.slots + layer * 2 * block_size
+        rows.index_copy_(0, slots, k.reshape(-1, kv_heads * d))
+        rows.index_copy_(0, slots + block_size, v.reshape(-1, kv_heads * d))
+        blocks = self.pool.view(-1, block_size * kv_heads * d)
+        whole = len(self.groups) == 1 and self.groups[0].back is None
+        out = q if whole else torch.empty_like(q)
+        for group in self.groups:
+            b, n = group.num_sequences, group.num_queries
+            index = group.tables * (num_layers * 2) + layer * 2
+            keys, values = (
+                blocks.index_select(0, i).view(b, -1, kv_heads, d).transpose(1, 2) for i in (index, index + 1)
+            )
+            queries = _grouped_query((q if whole else q.index_select(0, group.rows)).view(b, n, -1, d), kv_heads)
+            mask = group.mask(keys.shape[2], window, q.dtype, q.shape[1] // kv_heads)
+            mixed = _ungrouped(
+                scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling), n
+            ).flatten(0, 1)
+            if whole:
+                return mixed
+            if group.back is None:
+                out.index_copy_(0, group.rows, mixed)
+            else:
+                out.index_copy_(0, group.tokens, mixed.index_select(0, group.back))
+        return out
+
+
+def paged_groups(
+    lengths: Sequence[int], contexts: Sequence[int], tables: Sequence[list[int]], block_size: int, device: torch.device
+) -> list[PagedGroup]:
+    """Group the sequences of a pass. Sequence i brings `lengths[i]` new tokens, packed in this order, after
+    `contexts[i]` earlier ones, over the blocks `tables[i]`."""
+    starts = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    classes: dict[tuple[int, int], list[int]] = {}
+    for i, (length, context) in enumerate(zip(lengths, contexts, strict=True)):
+        key = (0 if length == 1 else _size_class(length), _size_class(length + context))
+        classes.setdefault(key, []).append(i)
+    return [_group(members, starts, lengths, contexts, tables, block_size, device) for members in classes.values()]
+
+
+def _group(
+    members: list[int],
+    starts: np.ndarray,
+    lengths: Sequence[int],
+    contexts: Sequence[int],
+    tables: Sequence[list[int]],
+    block_size: int,
+    device: torch.device,
+) -> PagedGroup:
+    num = len(members)
+    queries = max(lengths[i] for i in members)
+    blocks = max(-(-(lengths[i] + contexts[i]) // block_size) for i in members)
+    rows = np.zeros((num, queries), np.int64)
+    # A padded query takes position 0: it sees one key, so that its (unused) softmax is finite.
+    positions = np.zeros((num, queries), np.int64)
+    table = np.zeros((num, blocks), np.int64)
+    for row, i in enumerate(members):
+        n, used = lengths[i], tables[i][:blocks]
+        rows[row, :n] = range(starts[i], starts[i] + n)
+        positions[row, :n] = range(contexts[i], contexts[i] + n)
+        table[row, : len(used)] = used
+    padded = any(lengths[i] != queries for i in members)
+    real = np.flatnonzero((np.arange(queries) < np.asarray([lengths[i] for i in members])[:, None]).ravel())
+    flat_rows = rows.ravel()
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return PagedGroup(
+        num_sequences=num,
+        num_queries=queries,
+        rows=tensor(flat_rows),
+        tokens=tensor(flat_rows[real]) if padded else None,
+        back=tensor(real) if padded else None,
+        tables=tensor(table.ravel()),
+        positions=tensor(positions),
+    )
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """Causal attention within each of several packed sequences. `groups`: for each, `pad` `[B, S]` (each place's
+    row among the packed tokens; padding repeats row 0), and `tokens` and `back` as in `PagedGroup`."""
+
+    groups: list[tuple[Tensor, Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedBatch:
+        starts = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=starts[1:])
+        classes: dict[int, list[int]] = {}
+        for i, length in enumerate(lengths):
+            classes.setdefault(_size_class(length), []).append(i)
+        groups = []
+        for members in classes.values():
+            length = np.asarray([lengths[i] for i in members])
+            columns = np.arange(length.max())
+            pad = starts[members][:, None] + columns
+            real = (columns < length[:, None]).ravel()
+            tokens, back = pad.ravel()[real], np.flatnonzero(real)
+            pad[~real.reshape(pad.shape)] = 0
+            groups.append(tuple(torch.from_numpy(a).to(device) for a in (pad, tokens, back)))
+        return cls(groups)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
+        """`[T, heads, D]`; padding stands after a sequence's tokens, so that causality alone hides it."""
+        del layer
+        parts = []
+        for pad, tokens, back in self.groups:
+            b, length = pad.shape
+            queries, keys, values = (x[pad.view(-1)].view(b, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+            gqa = q.shape[1] != k.shape[1]
+            if window is None or window >= length:
+                out = scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=gqa)
+            else:
+                place = torch.arange(length, device=q.device)
+                distance = place[:, None] - place
+                mask = (distance >= 0) & (distance < window)
+                out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=gqa)
+            parts.append((tokens, out.transpose(1, 2).flatten(0, 1)[back]))
+        if len(parts) == 1:
+            return parts[0][1]
+        order = torch.cat([tokens for tokens, _ in parts])
+        return torch.cat([part for _, part in parts])[torch.argsort(order)]

@@ -1,0 +1,129 @@
+"""From logits to tokens: truncation, inverse-CDF draws, log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thornback.contracts import SamplingParams
+
+_SPAN = 64  # tokens summed at a time before a draw looks inside one span
+
+
+@dataclass(slots=True)
+class SamplingBatch:
+    """Sampling parameters of B rows. `uniform` float64 `[B]`: each row's positional number."""
+
+    params: list[SamplingParams]
+    uniform: np.ndarray
+
+
+@dataclass(slots=True)
+class Sampled:
+    """`tokens` int `[B]`, `logprobs` `[B]`; `scores` `[B, V]`: log-probabilities up to each row's `log_norm` `[B]`."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    scores: Tensor
+    log_norm: Tensor
+
+    def top(self, row: int, k: int) -> list[tuple[int, float]]:
+        """The k most likely tokens of a row, with log-probabilities."""
+        values, ids = self.scores[row].topk(min(k, self.scores.shape[1]))
+        return list(zip(ids.tolist(), (values - self.log_norm[row]).tolist(), strict=True))
+
+
+def sample(logits: Tensor, batch: SamplingBatch, banned: Tensor | None = None) -> Sampled:
+    """Draw one token a row of `logits` `[B, V]`.
+
+    Log-probabilities are those of softmax(logits / temperature) (greedy: temperature 1), before `top_k`, `top_p`,
+    `min_p` and `banned` (bool `[B, V]`: never drawn) take effect. A draw is the first token id at which the
+    cumulative distribution over the tokens left exceeds the row's uniform number.
+    """
+    scores = logits.float()
+    temperatures = [p.temperature or 1.0 for p in batch.params]
+    if any(t != 1.0 for t in temperatures):
+        scores = scores / torch.tensor(temperatures, dtype=scores.dtype, device=scores.device)[:, None]
+    peak = scores.amax(-1, keepdim=True)
+    weights = (scores - peak).exp_()
+    spans = _span_sums(weights)
+    log_norm = (spans.sum(-1).log_() + peak[:, 0]).to(scores.dtype)
+    kept = _truncated(scores, weights, batch.params, banned)
+    if kept is not weights:
+        weights, spans = kept, _span_sums(kept)
+    greedy = [p.temperature == 0.0 for p in batch.params]
+    if all(greedy):
+        tokens = weights.argmax(-1)
+    else:
+        tokens = _inverse_cdf(weights, spans, torch.from_numpy(batch.uniform).to(weights.device))
+        if any(greedy):
+            tokens = torch.where(torch.tensor(greedy, device=tokens.device), weights.argmax(-1), tokens)
+    logprobs = scores.gather(1, tokens[:, None])[:, 0] - log_norm
+    return Sampled(tokens.tolist(), logprobs.tolist(), scores, log_norm)
+
+
+def _span_sums(weights: Tensor) -> Tensor:
+    """float64 `[B, spans]`: sums of `_SPAN` neighbouring weights. One vectorised pass instead of a serial cumsum."""
+    rest = weights.shape[1] % _SPAN
+    if rest:
+        weights = torch.nn.functional.pad(weights, (0, _SPAN - rest))
+    return weights.view(weights.shape[0], -1, _SPAN).sum(-1).double()
+
+
+def _inverse_cdf(weights: Tensor, spans: Tensor, uniform: Tensor) -> Tensor:
+    """int64 `[B]`: the first token whose cumulative weight exceeds uniform * total."""
+    edges = spans.cumsum(-1)
+    target = (uniform * edges[:, -1])[:, None]
+    span = (edges <= target).sum(-1, keepdim=True)
+    # Rounding may carry a target past the last weight: the last span, and in it the last token, that has any.
+    span = torch.minimum(span, _last_positive(spans))
+    before = edges.gather(1, span) - spans.gather(1, span)
+    columns = span * _SPAN + torch.arange(_SPAN, device=weights.device)
+    inside = weights.gather(1, columns.clamp_max(weights.shape[1] - 1)).double()
+    inside.masked_fill_(columns >= weights.shape[1], 0.0)
+    offset = (inside.cumsum(-1) <= target - before).sum(-1, keepdim=True)
+    return (span * _SPAN + torch.minimum(offset, _last_positive(inside)))[:, 0]
+
+
+def _last_positive(x: Tensor) -> Tensor:
+    """int64 `[B, 1]`: the last column above 0."""
+    return x.shape[1] - 1 - (x > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
+
+
+def _truncated(scores: Tensor, weights: Tensor, params: list[SamplingParams], banned: Tensor | None) -> Tensor:
+    """`weights` with the tokens that may not be drawn at 0; `weights` itself where nothing is cut."""
+    cut = [i for i, p in enumerate(params) if p.temperature > 0 and (p.top_p < 1.0 or p.top_k > 0 or p.min_p > 0.0)]
+    if banned is not None:
+        weights = weights.masked_fill(banned, 0.0)
+        empty = weights.amax(-1) == 0  # what is left lies too far below the peak for exp: scale to what is left
+        if empty.any():
+            left = scores.masked_fill(banned, -torch.inf)[empty]
+            weights[empty] = torch.softmax(left, -1)
+    elif cut:
+        weights = weights.clone()
+    if cut:
+        rows = torch.tensor(cut, device=weights.device)
+        weights[rows] = _keep_likely(weights[rows], [params[i] for i in cut])
+    return weights
+
+
+def _keep_likely(weights: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Apply `min_p`, then `top_k`, then `top_p` to weights `[B, V]`; ties at a threshold stay."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=weights.device)[:, None]
+
+    vocabulary = weights.shape[1]
+    ordered = weights.sort(-1, descending=True).values.double()
+    k = column([p.top_k if p.top_k > 0 else vocabulary for p in params]).long().clamp_max(vocabulary)
+    floor = torch.maximum(ordered.gather(1, k - 1), column([p.min_p for p in params]) * ordered[:, :1])
+    ordered.masked_fill_(ordered < floor, 0.0)
+    cumulative = ordered.cumsum(-1)
+    # top_p keeps the fewest tokens that reach it: those before which less than top_p has been seen.
+    needed = (cumulative - ordered) < column([p.top_p for p in params]) * cumulative[:, -1:]
+    last = (needed.sum(-1, keepdim=True) - 1).clamp_min(0)
+    floor = torch.maximum(floor, ordered.gather(1, last))
+    return weights.masked_fill(weights.double() < floor, 0.0)

@@ -1,0 +1,41 @@
+"""One sample of a request on its way through the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from thornback.contracts import KVImport, Request
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`token_ids` is the prompt and what was drawn; keys and values of the first `num_computed_tokens` are in
+    the blocks of `block_table`. `num_output_tokens` counts the drawn ones: the next draw's place in the stream.
+    """
+
+    request: Request
+    index: int
+    seed: int
+    token_ids: list[int]
+    stop_ids: frozenset[int]
+    num_prompt_tokens: int
+    siblings: list[Sequence] = field(default_factory=list)  # the other samples, until this one's prompt is computed
+    block_table: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_hashed_blocks: int = 0
+    prefix_node: int = 0  # the prefix cache's node of the last hashed block
+    cacheable: bool = True
+    prompt_logprobs: list | None = None
+    grammar: Any = None
+    kv: KVImport | None = None  # keys and values that came with the request, until they are in blocks
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether the next forward pass still leaves tokens without keys and values, or there are several to do."""
+        return len(self.token_ids) - self.num_computed_tokens > 1

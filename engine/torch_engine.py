@@ -1,0 +1,320 @@
+"""thornback's own engine: continuous batching over any decoder-only transformers model."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from xgrammar import GrammarMatcher
+
+from thornback.algorithms import runs_of
+from thornback.contracts import (
+    EngineConfig,
+    EngineLoad,
+    InFlight,
+    InvalidRequest,
+    KVExport,
+    KVImport,
+    Lease,
+    Output,
+    Request,
+    WeightView,
+)
+from thornback.engine.block_manager import BlockManager
+from thornback.engine.kv_pool import KVPool
+from thornback.engine.lora import AdapterSet
+from thornback.engine.model import ModelShape, load_model
+from thornback.engine.model_runner import ModelRunner, fresh_seeds
+from thornback.engine.sampler import Sampled
+from thornback.engine.scheduler import Scheduled, Scheduler
+from thornback.engine.sequence import Sequence
+from thornback.engine.structured import GrammarCompiler
+from thornback.engine.weights import bind_weights
+
+
+class TorchEngine:
+    """The `Engine` contract over a model directory (or hub name) in this process. Not thread-safe."""
+
+    def __init__(self, model: str | Path, config: EngineConfig | None = None) -> None:
+        config = config or EngineConfig()
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        self.config = config
+        self.model_name = str(model)
+        self.model = load_model(model, config.device, config.dtype)
+        self.shape = ModelShape.of(self.model)
+        weight = next(self.model.parameters())
+        self.max_model_len = min(config.max_model_len or self.shape.max_positions, self.shape.max_positions)
+        block_shape = (self.shape.num_layers, 2, config.block_size, self.shape.kv_heads, self.shape.head_dim)
+        num_blocks = self._num_blocks(block_shape, weight.element_size())
+        self.max_model_len = min(self.max_model_len, num_blocks * config.block_size)
+        self.pool = KVPool(num_blocks, block_shape, weight.dtype, weight.device, config.kv_location)
+        self.blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
+        self.runner = ModelRunner(self.model, self.pool, AdapterSet(self.model, config.adapters))
+        self.weight_version = 0
+        self._sequences: dict[str, list[Sequence]] = {}
+        self._leases: dict[str, tuple[Lease, list[int]]] = {}
+        self._seeds = fresh_seeds()
+        self._grammars: GrammarCompiler | None = None
+        self._paused = False
+
+    def _num_blocks(self, block_shape: tuple[int, ...], element_size: int) -> int:
+        if self.config.num_blocks:
+            return self.config.num_blocks
+        block_bytes = element_size * int(torch.tensor(block_shape).prod())
+        wanted = -(-self.max_model_len // self.config.block_size) * self.config.max_num_seqs
+        return max(1, min(wanted, self.config.kv_cache_memory_bytes // block_bytes))
+
+    # Requests
+
+    def add_request(self, request: Request, kv: KVImport | None = None) -> None:
+        self._check(request)
+        sampling = request.sampling
+        if kv is not None and kv.weight_version != self.weight_version:
+            kv = None  # keys and values of other weights are of no use: they are computed here
+        seed = next(self._seeds) if sampling.seed is None else sampling.seed
+        eos = frozenset() if sampling.ignore_eos else self.shape.eos_token_ids
+        sequences = [
+            Sequence(
+                request=request,
+                index=index,
+                seed=(seed + index) % (1 << 64),
+                token_ids=[*request.prompt_token_ids, *request.output_token_ids],
+                stop_ids=eos.union(sampling.stop_token_ids),
+                num_prompt_tokens=len(request.prompt_token_ids),
+                # A cached prefix would leave prompt positions without logits.
+                cacheable=sampling.prompt_logprobs is None,
+                prompt_logprobs=None if sampling.prompt_logprobs is None else [None],
+                grammar=self._grammar(request),
+                kv=kv,
+            )
+            for index in range(sampling.n)
+        ]
+        sequences[0].siblings = sequences[1:]
+        self._sequences[request.request_id] = list(sequences)
+        self.scheduler.waiting.append(sequences[0])
+
+    def _grammar(self, request: Request) -> GrammarMatcher | None:
+        if request.sampling.json_schema is None:
+            return None
+        if self._grammars is None:
+            stops = sorted(self.shape.eos_token_ids)
+            self._grammars = GrammarCompiler(self.model_name, self.shape.vocab_size, stops)
+        matcher = self._grammars.matcher(request.sampling.json_schema)
+        for token in request.output_token_ids:
+            matcher.accept_token(token)
+        return matcher
+
+    def _check(self, request: Request) -> None:
+        prompt, sampling = request.prompt_token_ids, request.sampling
+        length = len(prompt) + len(request.output_token_ids)
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"Request id {request.request_id} is in use; ids must be unique while they run.")
+        if not prompt:
+            raise InvalidRequest("The prompt is empty; give at least one token.")
+        if min(prompt) < 0 or max(prompt) >= self.shape.vocab_size:
+            raise InvalidRequest(
+                f"The prompt holds token {max(max(prompt), -min(prompt))}, but the vocabulary has "
+                f"{self.shape.vocab_size} tokens."
+            )
+        if length >= self.max_model_len:
+            raise InvalidRequest(
+                f"The prompt has {length} tokens, but this engine holds {self.max_model_len} a request, "
+                "the answer included; shorten the prompt or raise max_model_len."
+            )
+        if request.output_token_ids and (sampling.n > 1 or len(request.output_token_ids) >= sampling.max_tokens):
+            raise InvalidRequest("A request that goes on after earlier output needs n = 1 and room below max_tokens.")
+        if request.adapter is not None and request.adapter not in self.runner.adapters.names:
+            raise InvalidRequest(
+                f"There is no adapter named {request.adapter}; loaded: {sorted(self.runner.adapters.names)}."
+            )
+
+    def abort_request(self, request_id: str) -> None:
+        for seq in self._sequences.pop(request_id, ()):
+            self._remove(seq)
+
+    def _remove(self, seq: Sequence) -> None:
+        """Free a sequence wherever it stands: running, waiting, or behind its first sibling."""
+        if seq in self.scheduler.running or seq in self.scheduler.waiting:
+            self.scheduler.finish(seq)
+        seq.siblings = []
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._sequences)
+
+    # The step
+
+    def step(self) -> list[Output]:
+        self._expire_leases()
+        batch = [] if self._paused else self.scheduler.schedule()
+        if not batch:
+            return []
+        for item in batch:
+            self._take_import(item.seq)
+        logits, first_row = self.runner.forward(batch)
+        drawing: list[Sequence] = []
+        rows: list[int] = []
+        for item, row in zip(batch, first_row, strict=True):
+            self._keep_prompt_scores(item, logits, row)
+            draws = item.draws
+            item.seq.num_computed_tokens += item.num_tokens
+            self.blocks.remember(item.seq)
+            if draws:
+                wide = item.seq.prompt_logprobs is not None and len(item.seq.token_ids) == item.seq.num_prompt_tokens
+                ready = [item.seq, *self._fork(item.seq)]
+                drawing += ready
+                rows += [row + item.num_tokens - 1 if wide else row] * len(ready)
+        if not drawing:
+            return []
+        picked = logits if rows == list(range(len(logits))) else logits[torch.tensor(rows, device=logits.device)]
+        sampled = self.runner.draw(picked, drawing, self._grammars)
+        return [self._advance(seq, i, sampled) for i, seq in enumerate(drawing)]
+
+    def _fork(self, seq: Sequence) -> Iterable[Sequence]:
+        """The prompt is computed: the other samples share its full blocks and get a copy of the last, part-filled
+        one. Those that find no room wait like any request."""
+        siblings, seq.siblings = seq.siblings, []
+        for sibling in siblings:
+            tail = seq.num_computed_tokens % self.config.block_size
+            if len(self.scheduler.running) >= self.config.max_num_seqs or self.blocks.num_free < bool(tail):
+                self.scheduler.waiting.append(sibling)
+                continue
+            shared = seq.block_table[:-1] if tail else list(seq.block_table)
+            self.blocks.share(shared)
+            sibling.block_table = shared
+            if tail:
+                sibling.block_table = shared + self.blocks.allocate(1, after=shared[-1] if shared else None)
+                self.pool.copy_block(seq.block_table[-1], sibling.block_table[-1])
+            for name in ("num_computed_tokens", "num_hashed_blocks", "prefix_node", "prompt_logprobs"):
+                setattr(sibling, name, getattr(seq, name))
+            sibling.num_cached_tokens = seq.num_computed_tokens
+            self.scheduler.running.append(sibling)
+            yield sibling
+
+    def _advance(self, seq: Sequence, row: int, sampled: Sampled) -> Output:
+        """Append the drawn token, end the sequence if that is its last, and say so."""
+        request, sampling = seq.request, seq.request.sampling
+        token = sampled.tokens[row]
+        first = seq.num_output_tokens == len(request.output_token_ids)
+        seq.token_ids.append(token)
+        if seq.grammar is not None:
+            seq.grammar.accept_token(token)
+        reason = None
+        if token in seq.stop_ids:
+            reason = "stop"
+        elif seq.num_output_tokens >= sampling.max_tokens or len(seq.token_ids) >= self.max_model_len:
+            reason = "length"
+        export = None
+        if request.export_kv and reason is None:
+            export = self._export(seq)
+        if reason or export:
+            self._finish(seq)
+        return Output(
+            request_id=request.request_id,
+            token_ids=[token],
+            logprobs=[sampled.logprobs[row]],
+            index=seq.index,
+            finish_reason=reason,  # type: ignore[arg-type]
+            weight_version=self.weight_version,
+            num_cached_tokens=seq.num_cached_tokens if first else 0,
+            top_logprobs=[sampled.top(row, sampling.logprobs)] if sampling.logprobs is not None else None,
+            prompt_logprobs=seq.prompt_logprobs if first else None,
+            kv=export,
+        )
+
+    def _finish(self, seq: Sequence) -> None:
+        self.scheduler.finish(seq)
+        rest = self._sequences[seq.request.request_id]
+        rest.remove(seq)
+        if not rest:
+            del self._sequences[seq.request.request_id]
+
+    def _keep_prompt_scores(self, item: Scheduled, logits: torch.Tensor, row: int) -> None:
+        seq, wanted = item.seq, item.seq.request.sampling.prompt_logprobs
+        if wanted is not None and seq.num_computed_tokens < seq.num_prompt_tokens:
+            assert seq.prompt_logprobs is not None
+            if seq.num_computed_tokens == 0:
+                del seq.prompt_logprobs[1:]  # a preempted prompt is scored again
+            scores = logits[row : row + item.num_tokens]
+            seq.prompt_logprobs += self.runner.prompt_scores(scores, seq, seq.num_computed_tokens, wanted)
+
+    # Keys and values on the move
+
+    def _take_import(self, seq: Sequence) -> None:
+        if seq.kv is not None:
+            used = self.blocks.blocks_for(seq.kv.num_tokens)
+            self.pool.write(seq.block_table[:used], seq.kv.blocks)
+            seq.kv = None
+
+    def _export(self, seq: Sequence) -> KVExport:
+        """Offer a sequence's blocks under a lease; the drawn token has no keys and values yet."""
+        used = seq.block_table[: self.blocks.blocks_for(seq.num_computed_tokens)]
+        self.blocks.share(used)
+        lease = Lease(uuid.uuid4().hex, time.time() + self.config.lease_seconds)
+        self._leases[lease.lease_id] = (lease, used)
+        return KVExport(
+            request_id=seq.request.request_id,
+            token_ids=tuple(seq.token_ids),
+            num_tokens=seq.num_computed_tokens,
+            runs=tuple(runs_of(used)),
+            location=self.pool.location,
+            lease=lease,
+            dtype=self.pool.dtype,
+            block_shape=self.pool.block_shape,
+            weight_version=self.weight_version,
+        )
+
+    def release(self, lease: Lease) -> None:
+        _, blocks = self._leases.pop(lease.lease_id, (lease, []))
+        self.blocks.release(blocks)
+
+    def _expire_leases(self) -> None:
+        now = time.time()
+        for lease in [lease for lease, _ in self._leases.values() if lease.expires_at <= now]:
+            self.release(lease)
+
+    # Control
+
+    def load_weights(self, weights: WeightView, version: int, in_flight: InFlight = "finish") -> None:
+        if in_flight == "finish" and self._sequences:
+            raise RuntimeError(
+                f"{len(self._sequences)} requests are unfinished: run them to their end before weights are swapped, "
+                "or say what becomes of them (in_flight='recompute' or 'keep')."
+            )
+        bind_weights(self.model, weights)
+        self.weight_version = version
+        self.flush_prefix_cache()
+        for seqs in list(self._sequences.values()):
+            for seq in seqs:
+                seq.kv = None
+                if in_flight == "recompute" and seq in self.scheduler.running:
+                    self.scheduler.preempt(seq)
+                elif seq.block_table:
+                    seq.cacheable = False  # its blocks mix versions
+
+    def pause(self) -> None:
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+
+    def flush_prefix_cache(self) -> None:
+        self.blocks.flush()
+
+    def load(self) -> EngineLoad:
+        self._expire_leases()
+        waiting = self.scheduler.waiting
+        behind = sum(len(seq.siblings) for seqs in self._sequences.values() for seq in seqs)
+        return EngineLoad(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(waiting) + behind,
+            num_preempted=self.scheduler.num_preempted,
+            num_waiting_tokens=sum(len(seq.token_ids) - seq.num_computed_tokens for seq in waiting),
+            num_free_blocks=self.blocks.num_free,
+            num_blocks=self.blocks.num_blocks,
+            weight_version=self.weight_version,
+        )
