@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import thornback
-from thornback.cli.training import load
 from thornback.contracts import ActorLost, ConfigError
+from thornback.train.config import load_recipe
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -28,7 +28,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    load(arguments)
+    load_recipe(arguments.recipe, arguments.overrides)
     entrypoint = entrypoint_of(arguments.recipe, arguments.overrides, arguments.working_dir)
     client = connect(arguments.address)
     job = client.submit_job(entrypoint=entrypoint, runtime_env=runtime_environment(Path(arguments.working_dir)))
