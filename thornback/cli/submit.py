@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import shlex
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def connect(address: str) -> Any:
     """A job client; raises ConfigError where no cluster answers."""
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it reports every .gitignore that it packs by
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
