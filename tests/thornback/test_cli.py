@@ -1,11 +1,31 @@
-"""The command line's frame: help, versions, exit codes."""
+"""The command line's frame: help, versions, exit codes, dry runs, and what it costs to be told of a mistake."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 import thornback
 from thornback import cli
-from thornback.cli import demo
 from thornback.contracts import ConfigError
+from thornback.train.config import load_recipe
+
+RECIPE = """
+model: {build: {}}
+anchors: {}
+algorithm: {estimator: anchored_dvao}
+rewards: {correct: {weight: 2}, brevity: {}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
 
 
 def test_prints_its_version(capsys):
@@ -26,8 +46,79 @@ def test_what_went_wrong_becomes_one_sentence_and_an_exit_code(monkeypatch, caps
     def fail(arguments):
         raise error
 
-    monkeypatch.setattr(demo, "run", fail)
+    monkeypatch.setattr(cli.demo, "run", fail)
     assert cli.main(["demo"]) == code
     captured = capsys.readouterr()
     assert captured.err == said
     assert captured.out == ""
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def fail(arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli.demo, "run", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["demo"])
+
+
+@pytest.mark.parametrize("command", ["train", "presample", "eval"])
+def test_a_dry_run_says_what_would_run_and_ends_with_a_recipe_of_it(command, recipe, capsys, tmp_path):
+    assert cli.main([command, str(recipe), "run.steps=7", "learner.num_ranks=3", "--dry-run"]) == 0
+    said, configuration = capsys.readouterr().out.split("Configuration:\n")
+    for words in (
+        *("arithmetic", "7 steps of 16 prompts x 8 samples = 128 rollouts", "anchored_dvao", "built here: qwen3"),
+        *("correct (weight 2), brevity (weight 1)", "8 reference rollouts a prompt"),
+        *("1 x RolloutWorker  CPU 0, GPU 0 each", "3 x Learner"),
+    ):
+        assert words in said
+    (tmp_path / "again.yaml").write_text(configuration)
+    assert load_recipe(tmp_path / "again.yaml") == load_recipe(recipe, ["run.steps=7", "learner.num_ranks=3"])
+    assert yaml.safe_load(configuration)["run"]["steps"] == 7
+
+
+def test_a_reader_that_leaves_early_is_no_error(recipe):
+    command = [sys.executable, "-m", "thornback", "train", str(recipe), "--dry-run"]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], stdout=write_end, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write_end)
+    assert done.stderr == ""
+    assert done.returncode == 141
+
+
+def test_reading_a_recipe_costs_none_of_the_heavy_imports(run_in_new_python):
+    loaded = run_in_new_python(
+        "import sys, thornback.cli, thornback.train.config\nprint(*{'ray', 'torch', 'transformers'} & set(sys.modules))"
+    )
+    assert loaded.split() == []
+
+
+def test_public_names_are_imported_when_they_are_used(run_in_new_python):
+    code = """if True:
+        import sys, thornback
+        before = len(sys.modules)
+        thornback.SamplingParams(n=2)
+        print(before < len(sys.modules), "torch" in sys.modules)
+    """
+    assert run_in_new_python(code).split() == ["True", "False"]
+
+
+def test_every_public_name_exists():
+    for name in thornback.__all__:
+        assert getattr(thornback, name) is not None
+    assert set(thornback.__all__) <= set(dir(thornback))
+    with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
+        _ = thornback.Trainr
+
+
+@pytest.fixture
+def run_in_new_python():
+    def run(code):
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+        ).stdout
+
+    return run

@@ -1,7 +1,8 @@
 """Reads the command line, runs one command, and turns what went wrong into one sentence and an exit code.
 
 Exit codes: 0 done; 2 something that the user can put right (one sentence on stderr, no traceback); 130
-interrupted. Anything else that escapes is a bug: its traceback stays, and Python exits with 1.
+interrupted; 141 the reader of our output left. Anything else that escapes is a bug: its traceback stays, and
+Python exits with 1.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from thornback.contracts import ThornbackError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+PIPE_CLOSED = 141
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,4 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("thornback: interrupted.", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     return 0

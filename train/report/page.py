@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jinja2
 
+from thornback.train.durations import duration
 from thornback.train.report.plots import all_plots
 from thornback.train.report.record import Row, RunRecord, read_run
 
@@ -43,7 +44,7 @@ def write_report(run_dir: str | Path) -> Path:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"figure": _figure, "clock": _clock, "duration": duration}
+    environment.filters |= {"figure": _figure, "clock": _clock}
     page = environment.from_string(TEMPLATE.read_text()).render(
         run=run,
         changes=before_and_after(run),
@@ -125,16 +126,6 @@ def _short(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `3 min 20 s`, `2 h 05 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _figure(value: float, is_share: bool = True, signed: bool = False) -> str:
