@@ -11,10 +11,11 @@ import ray
 import torch
 from torch import distributed
 
+from thornback.actors.learner_state import export_model, restore_state, save_state
 from thornback.actors.optimizer import Optimizer, OptimizerSpec
 from thornback.actors.policy import Policy, PolicySpec
 from thornback.actors.supervision import Home, use_threads
-from thornback.actors.update import UpdateReport, UpdateSpec, run_update
+from thornback.actors.update import Updater, UpdateReport, UpdateSpec
 from thornback.contracts import RolloutBatch, TensorSpec
 
 
@@ -62,19 +63,16 @@ class LearnerCore:
             )
         self.policy = Policy(self.spec.policy, self.spec.num_ranks)
         self.optimizer = Optimizer(self.policy.trained.values(), self.spec.optimizer)
+        self.updater = Updater(self.policy, self.optimizer, self.spec.update, self.rank, self.spec.num_ranks)
         return Home.here()
 
-    def update(self, step: int, version: int, advantages: np.ndarray, *batches: RolloutBatch) -> UpdateReport:
-        """Train on the rollouts of `batches`, end to end, with one advantage each, float32 `[R]`.
+    def update(self, step: int, advantages: np.ndarray, *batches: RolloutBatch) -> UpdateReport:
+        """Train on the rollouts of `batches`, end to end, with one advantage each, float `[R]`.
 
-        `version` is the policy version that the rollouts should be of: its tokens measure the mismatch. Every rank
-        gets every batch (mapped, not copied) and takes its own share.
+        Every rank gets every batch (mapped, not copied) and takes its own share.
         """
         started = time.perf_counter()
-        batch = RolloutBatch.concat(batches)
-        report = run_update(
-            self.policy, self.optimizer, self.spec.update, batch, advantages, step, version, self.rank, self.spec.num_ranks
-        )
+        report = self.updater.run(RolloutBatch.concat(batches), advantages, step)
         report.seconds = time.perf_counter() - started
         return report
 
@@ -82,6 +80,18 @@ class LearnerCore:
     def weights(self) -> tuple[np.ndarray | None, tuple[TensorSpec, ...]]:
         """The weights as one buffer (None on ranks after the first) and its index; all ranks must be asked."""
         return self.policy.publish(), self.policy.index
+
+    def save(self, location: str) -> None:
+        """Write this rank's state into the directory `location`."""
+        save_state(location, self.rank, self.policy, self.optimizer)
+
+    def restore(self, location: str) -> None:
+        """Read it back, exactly."""
+        restore_state(location, self.rank, self.policy, self.optimizer)
+
+    def export(self, location: str) -> None:
+        """Write the model in Hugging Face layout into the directory `location`; all ranks must be asked."""
+        export_model(location, self.policy)
 
 
 Learner = ray.remote(LearnerCore)

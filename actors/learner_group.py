@@ -37,26 +37,20 @@ class LearnerGroup:
     def start(self) -> None:
         """Make the ranks (again), let them meet, and load the model on each."""
         self.shutdown()
-        self.ranks = [
-            Learner.options(**self._options).remote(self.spec, rank)  # type: ignore[attr-defined]
-            for rank in range(self.spec.num_ranks)
-        ]
+        self.ranks = [Learner.options(**self._options).remote(self.spec, rank) for rank in range(self.spec.num_ranks)]
         self.homes = self._all([rank.home.remote() for rank in self.ranks], "starting")
         meeting = None
         if self.spec.num_ranks > 1:
             meeting = self._all([self.ranks[0].rendezvous.remote()], "opening the rendezvous")[0]
         neighbours = Counter(home.node for home in self.homes)
         setups = [
-            rank.setup.remote(meeting, neighbours[home.node])
-            for rank, home in zip(self.ranks, self.homes, strict=True)
+            rank.setup.remote(meeting, neighbours[home.node]) for rank, home in zip(self.ranks, self.homes, strict=True)
         ]
         self._all(setups, "loading the model")
 
-    def update(
-        self, step: int, version: int, advantages: np.ndarray, batches: Sequence[ObjectRef]
-    ) -> UpdateReport:
+    def update(self, step: int, advantages: np.ndarray, batches: Sequence[ObjectRef]) -> UpdateReport:
         """One update on rollouts that lie in the object store; the first rank's report, which covers all."""
-        calls = [rank.update.remote(step, version, advantages, *batches) for rank in self.ranks]
+        calls = [rank.update.remote(step, advantages, *batches) for rank in self.ranks]
         return self._all(calls, f"updating at step {step}")[0]
 
     def save(self, location: str) -> None:

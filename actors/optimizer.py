@@ -32,9 +32,7 @@ class OptimizerSpec:
             return self.learning_rate
         done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
         falling = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-        return self.learning_rate * (
-            self.final_learning_rate_share + (1.0 - self.final_learning_rate_share) * falling
-        )
+        return self.learning_rate * (self.final_learning_rate_share + (1.0 - self.final_learning_rate_share) * falling)
 
 
 class Optimizer:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from thornback.contracts import ModelError, TensorSpec, weight_index
+from thornback.contracts import ModelError, weight_index
 from thornback.engine import flatten_parameters, load_model, sequence_logprobs
 from thornback.engine.weights import TORCH_DTYPES, parameter_index
 
@@ -121,10 +121,12 @@ class Policy:
 
         Whole float32 models on CPU are that buffer already. Adapters are merged: engines see plain weights.
         """
-        if self._flat is not None and self.spec.lora is None and self._flat.device.type == "cpu":
-            if self.dtype == torch.float32:
-                return self._flat.numpy()
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if not first and self.spec.strategy == "ddp":
+            return None
+        whole = self.spec.lora is None and self.dtype == torch.float32
+        if self._flat is not None and whole and self.device.type == "cpu":
+            return self._flat.numpy()
         buffer = torch.empty(self._nbytes, dtype=torch.uint8) if first else None
         parameters = {name.replace(".base_layer", ""): p for name, p in self.model.named_parameters()}
         deltas = dict(_adapter_deltas(self.model)) if self.spec.lora is not None else {}

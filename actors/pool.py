@@ -90,7 +90,8 @@ class ActorPool:
         """
         todo = deque(_Call(index, tuple(args)) for index, args in enumerate(calls))
         results: list[Any] = [None] * len(todo)
-        idle, flying = deque(self._slots), {}
+        idle = deque(self._slots)
+        flying: dict[ObjectRef, _Call] = {}
         while todo or flying:
             while todo and idle:
                 call = todo.popleft()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import ray
@@ -12,6 +12,7 @@ import ray
 from thornback.actors.engines import make_engine
 from thornback.actors.supervision import Home, use_threads
 from thornback.contracts import (
+    CACHED_VERSION,
     FINISH_REASONS,
     EngineConfig,
     Request,
@@ -23,8 +24,6 @@ from thornback.contracts import (
     offsets_of,
 )
 from thornback.engine import Sample, generate
-
-CACHED_VERSION = -1  # version of tokens that no policy of this run drew: a cached right trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class RolloutSpec:
 
     model: str
     engine: str = "torch"
-    engine_config: EngineConfig = EngineConfig()
+    engine_config: EngineConfig = field(default_factory=EngineConfig)
     num_threads: int | None = None
 
 

@@ -19,23 +19,20 @@ from ray.exceptions import (
 )
 
 from thornback.contracts import ActorLost, ThornbackError
+from thornback.engine import THREAD_ENVIRONMENT
 
 # The process or its node is gone, or what it made is: the same work elsewhere gives the same result.
 LOST = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError)
 
 
 def actor_options(num_cpus: float = 0.0, num_gpus: float = 0.0) -> dict[str, Any]:
-    """Options of every actor of ours. Ray never restarts them: supervision does, and says so.
-
-    libgomp's spinning threads starve each other where processes share cores, so they sleep instead; this must
-    stand in the environment before torch is imported.
-    """
+    """Options of every actor of ours. Ray never restarts them: supervision does, and says so."""
     return {
         "num_cpus": num_cpus,
         "num_gpus": num_gpus,
         "max_restarts": 0,
         "max_task_retries": 0,
-        "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}},
+        "runtime_env": {"env_vars": {**THREAD_ENVIRONMENT, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}},
     }
 
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.fs as pafs
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def write_tensors(
     with filesystem.open_output_stream(path) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            stream.write(memoryview(_bytes_of(tensor)))
+            stream.write(pa.py_buffer(_bytes_of(tensor)))
     return 8 + len(text) + end
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 
@@ -33,9 +33,7 @@ class GroupRewards:
         offsets = np.asarray(self.group_offsets, np.int64)
         k = len(self.names)
         if values.ndim != 2 or values.shape[1] != k:
-            raise ValueError(
-                f"rewards have shape {values.shape}, but {k} rewards are named: [rollouts, {k}] is needed."
-            )
+            raise ValueError(f"rewards have shape {values.shape}, but must be [rollouts, {k}]: {k} are named.")
         if weights.shape != (k,) or not (weights >= 0).all() or not np.isfinite(weights).all() or weights.sum() == 0:
             raise ValueError(f"weights must be {k} numbers of 0 or more, not all 0, but are {weights.tolist()}.")
         if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(values):
@@ -123,10 +121,8 @@ class Advantages:
         return cls(values, weights, metrics)
 
 
-class Estimator(Protocol):
-    """From rewards to advantages. Constants come from the estimator's section of the configuration."""
-
-    def __call__(self, groups: GroupRewards, **constants: float | None) -> Advantages: ...
+# From rewards to advantages; keywords are the constants of the estimator's section of the configuration.
+Estimator = Callable[..., Advantages]
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray, eps: float) -> np.ndarray:
