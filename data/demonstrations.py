@@ -31,7 +31,9 @@ class Flaws:
     broken_tags: float = 0.15
 
 
-def demonstrations(task: ArithmeticTask, count: int, seed: int = 0, flaws: Flaws | None = None) -> list[Demonstration]:
+def make_demonstrations(
+    task: ArithmeticTask, count: int, seed: int = 0, flaws: Flaws | None = None
+) -> list[Demonstration]:
     """`count` demonstrations of training problems, which come up again with other flaws once all have been used."""
     rng = np.random.default_rng([seed, 7])
     pairs = list(zip(task.problems("train"), task.prompts("train"), strict=True))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thornback.contracts import Completion, ConfigError, Prompt, RewardError
-from thornback.data import ArithmeticTask, Flaws, RuleScorer, as_reward, demonstrations, load_task
+from thornback.data import ArithmeticTask, Flaws, RuleScorer, as_reward, load_task, make_demonstrations
 from thornback.data.rewards import tagged_answer
 from thornback.data.tasks.arithmetic import Problem
 
@@ -92,9 +92,9 @@ def test_brevity_is_a_budget_with_an_optional_slope() -> None:
 def test_demonstrations_are_of_training_problems_and_as_flawed_as_asked() -> None:
     task = ArithmeticTask(max_digits=3)
     train = {p.key for p in task.prompts("train")}
-    made = demonstrations(task, 4000, seed=1)
-    assert made == demonstrations(task, 4000, seed=1)
-    assert made != demonstrations(task, 4000, seed=2)
+    made = make_demonstrations(task, 4000, seed=1)
+    assert made == make_demonstrations(task, 4000, seed=1)
+    assert made != make_demonstrations(task, 4000, seed=2)
     assert {d.prompt.key for d in made} <= train
     right = sum(tagged_answer(d.completion) == d.prompt.answer for d in made) / 4000
     direct = sum("think" not in d.completion for d in made) / 4000
@@ -102,11 +102,11 @@ def test_demonstrations_are_of_training_problems_and_as_flawed_as_asked() -> Non
     assert 0.70 < right < 0.82
     assert 0.12 < direct < 0.18
     assert 0.30 < wordy < 0.38  # of those that reason
-    clean = demonstrations(task, 500, flaws=Flaws(wrong_column=0, direct=0, wordy=0, broken_tags=0))
+    clean = make_demonstrations(task, 500, flaws=Flaws(wrong_column=0, direct=0, wordy=0, broken_tags=0))
     scores = RuleScorer(task).score([Completion(d.prompt, d.completion, 1, "stop") for d in clean])
     assert scores["correct"].all()
     assert scores["format"].all()
-    spoiled = demonstrations(task, 500, flaws=Flaws(wrong_column=1, direct=0, wordy=0, broken_tags=0))
+    spoiled = make_demonstrations(task, 500, flaws=Flaws(wrong_column=1, direct=0, wordy=0, broken_tags=0))
     wrong = sum(tagged_answer(d.completion) != d.prompt.answer for d in spoiled)
     assert wrong > 450
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from thornback.contracts import DataError
-from thornback.data import ArithmeticTask, character_tokenizer, demonstrations
+from thornback.data import ArithmeticTask, character_tokenizer, make_demonstrations
 from thornback.engine import load_model
 from thornback.train.sections import WarmStartSection
 from thornback.train.warm_start import Example, tokenized, warm_start
@@ -20,12 +20,12 @@ def weights(directory) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    return tokenized(character_tokenizer(), demonstrations(ArithmeticTask(), 200))
+    return tokenized(character_tokenizer(), make_demonstrations(ArithmeticTask(), 200))
 
 
 def test_examples_end_and_know_where_the_answer_starts(examples) -> None:
     tokenizer = character_tokenizer()
-    demonstration = demonstrations(ArithmeticTask(), 1)[0]
+    demonstration = make_demonstrations(ArithmeticTask(), 1)[0]
     example = tokenized(tokenizer, [demonstration])[0]
     assert tokenizer.decode(example.token_ids[example.start : -1]) == demonstration.completion
     assert example.token_ids[-1] == tokenizer.eos_token_id
