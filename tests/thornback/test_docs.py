@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from docs import make_configuration as reference
-from thornback.cli.main import build_parser
+from thornback.cli.main import parse
 from thornback.train.config import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ MAKE = sorted({c.split("#")[0].strip() for page in PAGES for c in commands(page)
 @pytest.mark.parametrize("command", THORNBACK)
 def test_commands_of_the_docs_are_understood(command):
     arguments = shlex.split(command[command.index("thornback ") :])[1:]
-    parsed = build_parser().parse_args(arguments)
+    parsed = parse(arguments)
     if hasattr(parsed, "recipe"):
         load_recipe(ROOT / parsed.recipe, parsed.overrides)
 
