@@ -13,6 +13,7 @@ from thornback.contracts.errors import (
 from thornback.contracts.generation import Engine, EngineConfig, EngineLoad, FinishReason, InFlight, Output, Request
 from thornback.contracts.kv import BlockRun, KVExport, KVImport, Lease
 from thornback.contracts.rollouts import (
+    CACHED_VERSION,
     FINISH_REASONS,
     Anchor,
     RolloutBatch,
@@ -25,6 +26,7 @@ from thornback.contracts.tasks import Completion, Prompt, Reward, RewardScorer, 
 from thornback.contracts.weights import STORAGE_DTYPES, TensorSpec, WeightView, weight_index
 
 __all__ = [
+    "CACHED_VERSION",
     "FINISH_REASONS",
     "STORAGE_DTYPES",
     "ActorLost",

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 FINISH_REASONS = ("stop", "length", "abort")
 REWARD_PREFIX = "reward."
+CACHED_VERSION = -1  # version of tokens that no policy of the run drew: a cached right trajectory (PVPO)
 
 
 @dataclass(frozen=True, slots=True)

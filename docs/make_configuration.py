@@ -10,6 +10,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from thornback.serve import ServeConfig
+from thornback.train.config import RunConfig
+
 PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = """\
 # Configuration
@@ -29,19 +32,24 @@ SERVING = """\
 
 # Serving
 
-`thornback serve RUN_OR_MODEL` takes these as `key=value` arguments too; in a recipe they stand under `serve:`.
+`thornback serve RUN_OR_MODEL key=value ...` takes these:
+
+```
+thornback serve runs/arithmetic num_replicas=2 limits.max_queued=64
+```
 """
 
 
 def page() -> str:
     """The whole reference as Markdown."""
-    from thornback.train.config import RunConfig
-
-    return INTRODUCTION + section_text(RunConfig, "")
+    return INTRODUCTION + section_text(RunConfig, "") + SERVING + section_text(ServeConfig, "", level=3)
 
 
-def section_text(model: type[BaseModel], prefix: str) -> str:
-    """A table of a model's own settings, then the sections below it. `prefix` is its dotted place, "" at the top."""
+def section_text(model: type[BaseModel], prefix: str, level: int = 2) -> str:
+    """A table of a model's own settings, then the sections below it under headings of this `level`.
+
+    `prefix` is the model's dotted place with a dot at its end, "" at the top.
+    """
     settings = {name: field for name, field in model.model_fields.items() if section_of(field) is None}
     text = ""
     if settings:
@@ -51,9 +59,9 @@ def section_text(model: type[BaseModel], prefix: str) -> str:
         if (section := section_of(field)) is None:
             continue
         words = [one_line(field.description), one_line(section.__doc__)]
-        heading = "#" * (2 + prefix.count("."))
         place = f"{prefix}{name}" + (".NAME" if get_origin(field.annotation) is dict else "")
-        text += f"\n{heading} {place}\n\n{' '.join(filter(None, words))}\n" + section_text(section, place + ".")
+        text += f"\n{'#' * level} {place}\n\n{' '.join(filter(None, words))}\n"
+        text += section_text(section, place + ".", level + 1)
     return text
 
 

@@ -118,7 +118,7 @@ def make_config(values: Mapping[str, Any], overrides: Iterable[str] = (), source
     merged = _copy(values)
     overridden = set()
     for override in overrides:
-        overridden.add(_apply(merged, override))
+        overridden.add(apply_override(merged, override))
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
@@ -129,7 +129,7 @@ def _copy(value: Any) -> Any:
     return {k: _copy(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
-def _apply(values: dict[str, Any], override: str) -> str:
+def apply_override(values: dict[str, Any], override: str) -> str:
     """Set one `a.b=value` in place; returns its dotted key."""
     key, equals, text = override.partition("=")
     if not equals or not key:

@@ -15,7 +15,7 @@ PARAMS = SamplingParams(max_tokens=12, ignore_eos=True, seed=11)
 
 @pytest.fixture
 def engines(tiny_model, tmp_path):
-    config = dict(block_size=4, num_blocks=48, max_model_len=128, max_num_seqs=8)
+    config = {"block_size": 4, "num_blocks": 48, "max_model_len": 128, "max_num_seqs": 8}
     location = str(tmp_path / "pool")
     prefill = TorchEngine(tiny_model("qwen3"), EngineConfig(**config, kv_location=location, lease_seconds=0.3))
     return prefill, TorchEngine(tiny_model("qwen3"), EngineConfig(**config))

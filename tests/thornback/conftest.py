@@ -26,16 +26,21 @@ class Finished:
 
 
 @pytest.fixture
-def run_cli(tmp_path: Path) -> Callable[..., Finished]:
+def cli_environment(tmp_path: Path) -> dict[str, str]:
+    """Environment of a process that finds this repository, and modules that a test writes to `tmp_path`."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path, cli_environment: dict[str, str]) -> Callable[..., Finished]:
     """`run_cli("train", "recipe.yaml")` runs `python -m thornback ...` in `tmp_path`."""
 
     def run(*arguments: str, timeout: float = 60) -> Finished:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
         started = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-m", "thornback", *arguments],
             cwd=tmp_path,
-            env=environment,
+            env=cli_environment,
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import thornback
-from thornback import cli
+from thornback import cli, serve
 from thornback.contracts import ConfigError
 from thornback.train.config import load_recipe
 
@@ -122,3 +122,25 @@ def run_in_new_python():
         ).stdout
 
     return run
+
+
+def test_serving_takes_settings_as_recipes_do(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(serve, "run", lambda model, **settings: seen.update(settings, model=model), raising=False)
+    arguments = ["serve", "runs/a", "--port", "0", "num_replicas=2", "limits.max_queued=64", "api_keys=[k]"]
+    assert cli.main(arguments) == 0
+    wanted = {"num_replicas": 2, "limits": {"max_queued": 64}, "api_keys": ["k"], "port": 0, "model": "runs/a"}
+    assert seen == wanted
+
+
+@pytest.mark.parametrize("arguments", [["train", "r.yaml", "--dryrun"], ["demo", "extra"], ["report", "run", "a=b"]])
+def test_arguments_that_nobody_knows_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
+
+
+def test_settings_may_stand_after_options(recipe, capsys):
+    assert cli.main(["train", str(recipe), "run.steps=7", "--dry-run", "learner.num_ranks=3"]) == 0
+    assert "3 x Learner" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import pytest
 
 from thornback.contracts import DataError
 from thornback.train.report import write_report
+from thornback.train.report.plots import thin
 
 REWARDS = ("correct", "format", "brevity")
 
@@ -166,7 +167,8 @@ def test_a_run_in_its_first_minutes_has_a_report_too(tmp_path):
 
 def test_one_step_without_optional_figures(tmp_path):
     (tmp_path / "config.yaml").write_text("task: arithmetic\n")
-    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "accuracy": 0.5, "reward/correct/mean": 0.5, "kl": None}])
+    row = {"step": 1, "accuracy": 0.5, "reward/correct/mean": 0.5, "kl": None, "entropy": float("nan")}
+    write_lines(tmp_path / "metrics.jsonl", [row])
     page = Page(write_report(tmp_path).read_text())
     assert page.figures == ["Accuracy", "Rewards"]
     assert "not two evaluations" in page.text
@@ -186,3 +188,14 @@ def test_says_what_is_wrong_with_a_directory(run_directory, tmp_path):
     metrics.write_text("not json\n" + metrics.read_text())
     with pytest.raises(DataError, match=r"metrics.jsonl, line 1 is not JSON"):
         write_report(run_directory)
+
+
+def test_a_long_run_is_drawn_by_the_means_of_neighbouring_steps(tmp_path):
+    rows = [{"step": step, "kl": 1.0 + step % 2, "odd": None} for step in range(1, 1001)]
+    thinned = thin(rows, limit=100)
+    assert [row["step"] for row in thinned] == [10 * i + 5.5 for i in range(100)]
+    assert {row["kl"] for row in thinned} == {1.5}
+    assert thinned[0]["odd"] is None
+    assert thin(rows, limit=1000) == rows
+    small, large = (len(write_report(write_run(tmp_path / str(n), n)).read_text()) for n in (600, 6000))
+    assert large < 1.5 * small

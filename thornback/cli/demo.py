@@ -15,6 +15,6 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from thornback.train.demo import run_demo
+    from thornback.demo import run_demo
 
-    run_demo(seed=arguments.seed, directory=arguments.out or f"runs/demo-{arguments.seed}")
+    run_demo(seed=arguments.seed, directory=arguments.out)

@@ -34,11 +34,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The parsed command line; `key=value` settings may stand before and after options, which argparse cannot."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    strangers = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
+    if strangers:
+        parser.error(f"unrecognized arguments: {' '.join(strangers)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     # libgomp's spinning threads starve each other where processes share cores; this must precede torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    arguments = build_parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         arguments.run(arguments)
     except ThornbackError as error:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
+
+from thornback.train.config import apply_override
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("serve", help="an OpenAI-compatible endpoint for a run's model or a model directory")
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="a run directory, or a model in Hugging Face layout")
-    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
-    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see docs/configuration.md")
+    parser.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="the port to listen on (default: 8000; 0 takes a free one)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     from thornback.serve import run as serve
 
-    serve(arguments.model, host=arguments.host, port=arguments.port)
+    serve(arguments.model, **settings(arguments))
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The overrides as nested settings; --host and --port are settings too."""
+    nested: dict[str, Any] = {}
+    for override in arguments.overrides:
+        apply_override(nested, override)
+    named = {"host": arguments.host, "port": arguments.port}
+    return nested | {name: value for name, value in named.items() if value is not None}

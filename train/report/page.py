@@ -1,37 +1,19 @@
-"""Puts the page together: the figures that lead it, the before/after table, the samples, and the template."""
+"""Puts the page together: the figures that lead it, the samples, and the template."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import jinja2
 
 from thornback.train.durations import duration
+from thornback.train.report.changes import before_and_after
 from thornback.train.report.plots import all_plots
 from thornback.train.report.record import Row, RunRecord, read_run
 
 SAMPLES_SHOWN = 12
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
-
-
-@dataclass(frozen=True)
-class Change:
-    """One row of the before/after table. Shares are in [0, 1]; `error` is one standard error of a share."""
-
-    name: str
-    mode: str
-    before: float
-    after: float
-    is_share: bool
-    error_before: float = 0.0
-    error_after: float = 0.0
-
-    @property
-    def difference(self) -> float:
-        return self.after - self.before
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -57,34 +39,6 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def before_and_after(run: RunRecord) -> list[Change]:
-    """The first evaluation of each mode against its last; empty while there is only one."""
-    changes = []
-    for mode in ("sampled", "greedy"):
-        rows = [row for row in run.evaluations if row["mode"] == mode]
-        if len(rows) < 2:
-            continue
-        before, after = rows[0], rows[-1]
-        changes.append(
-            Change(
-                "accuracy",
-                mode,
-                before["accuracy"],
-                after["accuracy"],
-                True,
-                _standard_error(before),
-                _standard_error(after),
-            )
-        )
-        for name in run.reward_names:
-            key = f"reward/{name}"
-            if key in before and key in after:
-                changes.append(Change(name, mode, before[key], after[key], True))
-        if "response_length" in before and "response_length" in after:
-            changes.append(Change("response length", mode, before["response_length"], after["response_length"], False))
-    return changes
-
-
 def pick_samples(run: RunRecord, count: int) -> list[tuple[Row, Row]]:
     """Answers to the same problems before and after: what was learned first, then what was lost, then the rest.
 
@@ -97,11 +51,6 @@ def pick_samples(run: RunRecord, count: int) -> list[tuple[Row, Row]]:
     chosen = [*learned[: count // 2], *lost[: count // 4]]
     chosen += same[: count - len(chosen)]
     return chosen
-
-
-def _standard_error(row: Row) -> float:
-    share, n = row["accuracy"], max(int(row.get("num_prompts", 0)), 1)
-    return math.sqrt(max(share * (1 - share), 0.0) / n)
 
 
 def _headlines(run: RunRecord) -> list[tuple[str, str]]:

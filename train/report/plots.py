@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib as mpl
@@ -19,11 +19,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from thornback.train.report.record import RunRecord
+from thornback.train.report.record import Row, RunRecord, is_number
 
 INK, MUTED, GRID = "#010100", "#010101", "#010102"
 SERIES = ("#020200", "#020201", "#020202", "#020203", "#020204", "#020205", "#020206")
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", **{c: f"--series-{i}" for i, c in enumerate(SERIES)}}
+POINTS_SHOWN = 600
 SIZE_INCHES = (5.6, 2.75)
 STYLE: Any = {  # Any: the stubs spell out every key that a style may have
     "svg.fonttype": "none",
@@ -74,7 +75,23 @@ class Line:
 
 def all_plots(run: RunRecord) -> list[Plot]:
     """Every picture that the run has figures for, in the order in which they are read."""
-    return [plot for draw in DRAWINGS if (plot := draw(run)) is not None]
+    thinned = replace(run, metrics=thin(run.metrics))
+    return [plot for draw in DRAWINGS if (plot := draw(thinned)) is not None]
+
+
+def thin(metrics: list[Row], limit: int = POINTS_SHOWN) -> list[Row]:
+    """At most `limit` rows: the means of neighbouring steps, since more points than pixels only make a page heavy."""
+    size = -(-len(metrics) // limit)
+    if size <= 1:
+        return metrics
+    chunks = [metrics[start : start + size] for start in range(0, len(metrics), size)]
+    return [
+        {key: _mean([row[key] for row in chunk if is_number(row.get(key))]) for key in chunk[0]} for chunk in chunks
+    ]
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def rewards(run: RunRecord) -> Plot | None:
@@ -142,7 +159,8 @@ def phases(run: RunRecord) -> Plot | None:
         return None
 
     def draw(axes: Axes) -> None:
-        edges = np.append(np.array(steps) - 0.5, steps[-1] + 0.5)
+        width = (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 1.0
+        edges = np.append(np.array(steps), steps[-1] + width) - width / 2
         bottom = np.zeros(len(steps))
         for color, (phase, s) in zip(SERIES, seconds.items(), strict=False):
             axes.stairs(bottom + s, edges, baseline=bottom, fill=True, label=phase, color=color, linewidth=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ class RunRecord:
         return list(names)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Steps and values of one metric, at the steps that have it."""
-        points = [(row["step"], row[key]) for row in self.metrics if row.get(key) is not None]
+        """Steps and values of one metric, at the steps where it is a finite number."""
+        points = [(row["step"], row[key]) for row in self.metrics if is_number(row.get(key))]
         return [float(step) for step, _ in points], [float(value) for _, value in points]
 
     def evaluation_series(self, mode: str, key: str = "accuracy") -> tuple[list[float], list[float]]:
@@ -80,6 +81,11 @@ def read_json_lines(path: Path) -> list[Row]:
                 break
             raise DataError(f"{path}, line {number} is not JSON ({error.msg}); remove that line.") from error
     return rows
+
+
+def is_number(value: Any) -> bool:
+    """Finite; a figure that did not apply is None or NaN."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _last_of_each(rows: list[Row], *keys: str) -> list[Row]:

@@ -1,0 +1,65 @@
+"""The optimizer step: learning-rate schedule, gradient clipping, fused AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSpec:
+    """AdamW and its schedule; the fields are those of the learner's section of a recipe."""
+
+    learning_rate: float = 1e-6
+    schedule: str = "constant"
+    final_learning_rate_share: float = 0.0
+    warmup_steps: int = 0
+    total_steps: int = 1
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of step `step`, counted from 0: a function of the step alone, so that a resumed run agrees."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        falling = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.learning_rate * (self.final_learning_rate_share + (1.0 - self.final_learning_rate_share) * falling)
+
+
+class Optimizer:
+    """Fused AdamW over a model's trained parameters; weight decay acts on matrices only."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> None:
+        self.spec = spec
+        self.parameters = [p for p in parameters if p.requires_grad]
+        matrices = [p for p in self.parameters if p.dim() >= 2]
+        others = [p for p in self.parameters if p.dim() < 2]
+        groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": spec.weight_decay}]
+        if others:
+            groups.append({"params": others, "weight_decay": 0.0})
+        self.adamw = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, fused=True)
+
+    def step(self, step: int) -> float:
+        """Clip, move the parameters, and drop the gradients. Returns the norm before clipping.
+
+        A norm that is not finite moves nothing: one broken batch must not end a run, and it is seen in the metrics.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.spec.max_grad_norm)
+        if hasattr(norm, "full_tensor"):  # FSDP2: each rank holds a part
+            norm = norm.full_tensor()
+        value = float(norm)
+        if math.isfinite(value):
+            for group in self.adamw.param_groups:
+                group["lr"] = self.spec.learning_rate_at(step)
+            self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return value

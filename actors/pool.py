@@ -1,0 +1,192 @@
+"""A pool of equal actors. Work that is lost with an actor is issued again, whole, to the one that replaces it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from thornback.actors.supervision import Home, Restarts, is_lost, kill, original_error
+from thornback.contracts import ActorLost
+
+MAX_LOSSES = 2  # work that was lost more often than this takes its actors down by itself
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A place in the pool, and the actor that fills it now."""
+
+    number: int
+    actor: ActorHandle
+    home: Home | None = None
+
+
+@dataclass(slots=True)
+class _Call:
+    """One piece of work, and how often it was lost. `refs` are its returns while it runs, `deadline` its end."""
+
+    index: int
+    args: tuple
+    losses: int = 0
+    slot: _Slot | None = None
+    refs: list[ObjectRef] = field(default_factory=list)
+    deadline: float = 0.0
+
+
+class ActorPool:
+    """`size` actors of one role, made by `spawn(number)`, each made ready by its method `setup() -> Home`.
+
+    An actor that dies, or does not answer within `timeout` seconds, is replaced; `catch_up(actor)` submits the
+    call that brings a replacement to the others' state (the current weights), or returns None. An error that an
+    actor raises ends the work: it would be raised again.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        spawn: Callable[[int], ActorHandle],
+        size: int,
+        *,
+        timeout: float,
+        restarts: Restarts,
+        catch_up: Callable[[ActorHandle], ObjectRef | None] = lambda actor: None,
+    ) -> None:
+        self.role = role
+        self.timeout = timeout
+        self._spawn = spawn
+        self._restarts = restarts
+        self._catch_up = catch_up
+        self._slots = [_Slot(number, spawn(number)) for number in range(size)]
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def actors(self) -> list[ActorHandle]:
+        return [slot.actor for slot in self._slots]
+
+    @property
+    def homes(self) -> list[Home | None]:
+        """Where the actors live, once they are ready."""
+        return [slot.home for slot in self._slots]
+
+    def wait_ready(self) -> None:
+        """Set every actor up, all at the same time; raises what a set-up raised, or `ActorLost`."""
+        setups = [slot.actor.setup.remote() for slot in self._slots]
+        for slot, ref in zip(self._slots, setups, strict=True):
+            self._finish_setup(slot, ref)
+
+    def map(self, method: str, calls: Sequence[tuple], doing: str) -> list[Any]:
+        """Call `method(*args)` for each of `calls` on whichever actor is free; results in the order of `calls`.
+
+        Of a method with several returns the last is fetched and the others stay references. `doing` says what
+        the work is, for messages.
+        """
+        todo = deque(_Call(index, tuple(args)) for index, args in enumerate(calls))
+        results: list[Any] = [None] * len(todo)
+        idle = deque(self._slots)
+        flying: dict[ObjectRef, _Call] = {}
+        while todo or flying:
+            while todo and idle:
+                call = todo.popleft()
+                self._send(call, idle.popleft(), method)
+                flying[call.refs[-1]] = call
+            done = self._next_done(flying)
+            del flying[done.refs[-1]]
+            slot = done.slot
+            assert slot is not None
+            problem = self._collect(done, results)
+            if problem is not None:
+                done.losses += 1
+                self._replace(slot, f"{self._name(slot)} {problem} while {doing}", final=done.losses > MAX_LOSSES)
+                todo.appendleft(done)
+            idle.append(slot)
+        return results
+
+    def broadcast(self, method: str, args: tuple, doing: str) -> None:
+        """Call `method(*args)` on every actor. One that is lost is replaced, and its replacement caught up:
+        `catch_up` must lead to the same state as the call."""
+        flying = {}
+        for slot in self._slots:
+            call = _Call(slot.number, args)
+            self._send(call, slot, method)
+            flying[call.refs[-1]] = call
+        results: list[Any] = [None] * len(flying)
+        while flying:
+            done = self._next_done(flying)
+            del flying[done.refs[-1]]
+            problem = self._collect(done, results)
+            if problem is not None and done.slot is not None:
+                self._replace(done.slot, f"{self._name(done.slot)} {problem} while {doing}")
+
+    def shutdown(self) -> None:
+        for slot in self._slots:
+            kill(slot.actor)
+
+    def _send(self, call: _Call, slot: _Slot, method: str) -> None:
+        refs = getattr(slot.actor, method).remote(*call.args)
+        call.refs = refs if isinstance(refs, list) else [refs]
+        call.slot = slot
+        call.deadline = time.monotonic() + self.timeout
+
+    def _next_done(self, flying: dict[ObjectRef, _Call]) -> _Call:
+        """The next call that has ended, or the first that is past its deadline."""
+        first = min(flying.values(), key=lambda call: call.deadline)
+        ready, _ = ray.wait(list(flying), num_returns=1, timeout=max(0.0, first.deadline - time.monotonic()))
+        return flying[ready[0]] if ready else first
+
+    def _collect(self, call: _Call, results: list[Any]) -> str | None:
+        """Store a call's result, or say how it was lost; raises what the actor raised."""
+        *bulk, last = call.refs
+        try:
+            value = ray.get(last, timeout=0.0 if time.monotonic() > call.deadline else self.timeout)
+        except ray.exceptions.GetTimeoutError:
+            return f"did not answer within {self.timeout:.0f} s"
+        except Exception as error:
+            if not is_lost(error):
+                raise original_error(error) from None
+            return "died" if isinstance(error, ray.exceptions.RayActorError) else "lost its data"
+        results[call.index] = (*bulk, value) if bulk else value
+        return None
+
+    def _replace(self, slot: _Slot, what_happened: str, final: bool = False) -> None:
+        if final:
+            raise ActorLost(f"{what_happened}, {MAX_LOSSES + 1} times in a row; look for the cause in Ray's logs.")
+        self._restarts.spend(what_happened)
+        started = time.monotonic()
+        kill(slot.actor)
+        slot.actor = self._spawn(slot.number)
+        self._finish_setup(slot, slot.actor.setup.remote())
+        caught_up = self._catch_up(slot.actor)
+        if caught_up is not None:
+            self._await(slot, caught_up, "catching up")
+        seconds = time.monotonic() - started
+        self._restarts.on_event("actor_restarted", f"{self._name(slot)} takes over after {seconds:.1f} s")
+
+    def _finish_setup(self, slot: _Slot, ref: ObjectRef) -> None:
+        slot.home = self._await(slot, ref, "starting; it may need resources that the cluster does not have")
+
+    def _await(self, slot: _Slot, ref: ObjectRef, doing: str) -> Any:
+        try:
+            return ray.get(ref, timeout=self.timeout)
+        except ray.exceptions.GetTimeoutError:
+            message = f"{self._name(slot)} did not answer within {self.timeout:.0f} s while {doing}"
+            raise ActorLost(f"{message} (run.timeout_seconds).") from None
+        except Exception as error:
+            if is_lost(error):
+                raise ActorLost(f"{self._name(slot)} died while {doing}: {_first_line(error)}") from error
+            raise original_error(error) from None
+
+    def _name(self, slot: _Slot) -> str:
+        where = f" ({slot.home})" if slot.home else ""
+        return f"{self.role} {slot.number}{where}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,138 @@
+"""The rollout worker: answers prompts with the current policy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import ray
+
+from thornback.actors.engines import make_engine
+from thornback.actors.supervision import Home, use_threads
+from thornback.contracts import (
+    CACHED_VERSION,
+    FINISH_REASONS,
+    EngineConfig,
+    Request,
+    RolloutBatch,
+    SamplingParams,
+    TensorSpec,
+    ThornbackError,
+    WeightView,
+    offsets_of,
+)
+from thornback.engine import Sample, generate
+
+
+@dataclass(frozen=True, slots=True)
+class PromptShard:
+    """Prompts for one worker: key, token ids and seed of each. Sample i of a prompt draws from its seed + i.
+
+    `trajectories[i]`, where there is one, is a cached right answer (token ids int32, log-probabilities float32
+    under the model that wrote it) that takes the place of the prompt's last sample (PVPO, section 2.3).
+    """
+
+    keys: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    seeds: tuple[int, ...]
+    trajectories: tuple[tuple[np.ndarray, np.ndarray] | None, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationReport:
+    """What the driver needs to know of a shard's rollouts: tokens drawn, and seconds that it took."""
+
+    num_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSpec:
+    """What a rollout worker is made of. `num_threads` None: every core of its node."""
+
+    model: str
+    engine: str = "torch"
+    engine_config: EngineConfig = field(default_factory=EngineConfig)
+    num_threads: int | None = None
+
+
+class RolloutWorkerCore:
+    """One engine. The actor is `RolloutWorker`; this is its class, for use in this process."""
+
+    def __init__(self, spec: RolloutSpec) -> None:
+        self.spec = spec
+
+    def setup(self) -> Home:
+        """Load the engine; here and not in the constructor, so that what it raises reaches the driver as it is."""
+        threads = use_threads(self.spec.num_threads)
+        config = replace(self.spec.engine_config, num_threads=threads)
+        self.engine = make_engine(self.spec.engine, self.spec.model, config)
+        self.version = 0
+        return Home.here()
+
+    @ray.method(num_returns=2)
+    def generate(
+        self, shard: PromptShard, sampling: SamplingParams, version: int
+    ) -> tuple[RolloutBatch, GenerationReport]:
+        """Answer each prompt `sampling.n` times with the weights of `version`; raises if others are loaded."""
+        if version != self.version:
+            raise ThornbackError(
+                f"A rollout worker holds weights of version {self.version}, but was asked for version {version}."
+            )
+        started = time.perf_counter()
+        trajectories = shard.trajectories or (None,) * len(shard)
+        requests = [
+            Request(str(i), shard.token_ids[i], replace(sampling, seed=shard.seeds[i], n=n))
+            for i, cached in enumerate(trajectories)
+            if (n := sampling.n - (cached is not None)) > 0
+        ]
+        drawn = generate(self.engine, requests)
+        groups = [
+            [*drawn.get(str(i), ()), *([] if cached is None else [cached_sample(*cached)])]
+            for i, cached in enumerate(trajectories)
+        ]
+        batch = make_batch(shard, groups)
+        num_tokens = int((batch.versions != CACHED_VERSION).sum())
+        return batch, GenerationReport(num_tokens, time.perf_counter() - started)
+
+    def load_weights(self, buffer: np.ndarray, index: tuple[TensorSpec, ...], version: int) -> None:
+        """Map published weights: on CPU the parameters become views of `buffer`, which is mapped, not copied."""
+        self.engine.load_weights(WeightView(buffer, index), version)
+        self.version = version
+
+
+def cached_sample(token_ids: np.ndarray, logprobs: np.ndarray) -> Sample:
+    """A cached trajectory as a sample."""
+    return Sample(token_ids, logprobs, np.full(len(token_ids), CACHED_VERSION, np.int32), "stop")
+
+
+def make_batch(shard: PromptShard, groups: Sequence[Sequence[Sample]]) -> RolloutBatch:
+    """The samples of each prompt as flat arrays, not judged yet."""
+    samples = [sample for group in groups for sample in group]
+    counts = [len(group) for group in groups]
+    prompts = [np.asarray(ids, np.int32) for ids, n in zip(shard.token_ids, counts, strict=True) for _ in range(n)]
+    lengths = [len(sample.token_ids) for sample in samples]
+    return RolloutBatch(
+        prompt_ids=np.concatenate(prompts),
+        prompt_offsets=offsets_of([len(p) for p in prompts]),
+        response_ids=np.concatenate([s.token_ids for s in samples]),
+        response_offsets=offsets_of(lengths),
+        logprobs=np.concatenate([s.logprobs for s in samples]),
+        versions=np.concatenate([s.versions for s in samples]),
+        loss_mask=np.ones(sum(lengths), np.uint8),
+        turn_starts=np.zeros(len(samples), np.int32),
+        turn_offsets=np.arange(len(samples) + 1, dtype=np.int64),
+        prompt_keys=np.repeat(np.array(shard.keys, np.str_), counts),
+        sample_index=np.concatenate([np.arange(n, dtype=np.int32) for n in counts]),
+        finish_reason=np.array([FINISH_REASONS.index(s.finish_reason) for s in samples], np.int8),
+        correct=np.full(len(samples), np.nan, np.float32),
+        rewards={},
+    )
+
+
+RolloutWorker = ray.remote(RolloutWorkerCore)

