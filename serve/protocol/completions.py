@@ -34,7 +34,7 @@ class CompletionRequest(GenerationRequest):
     def prompts(self) -> list[str] | list[list[int]]:
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[return-value]
-        return self.prompt  # type: ignore[return-value]
+        return self.prompt
 
 
 class CompletionLogprobs(BaseModel):
