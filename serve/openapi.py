@@ -45,13 +45,14 @@ def generation_responses(answer: type[BaseModel]) -> dict[int | str, dict[str, A
     return table
 
 
-def describe_api(app: FastAPI, with_keys: bool) -> None:
-    """Replace the application's description by a true one: no 422, and API keys where there are some."""
+def describe_api(app: FastAPI, model: str, with_keys: bool) -> None:
+    """Replace the application's description by a true one: no 422, the model's name, and keys where there are some."""
 
     def description() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version="1", description=app.description, routes=app.routes)
             _without_422(schema)
+            _with_model(schema, model)
             if with_keys:
                 _with_keys(schema)
             app.openapi_schema = schema
@@ -69,6 +70,11 @@ def _without_422(schema: dict[str, Any]) -> None:
         operation["responses"].pop("422", None)
     for name in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(name, None)
+
+
+def _with_model(schema: dict[str, Any], model: str) -> None:
+    for request in ("ChatRequest", "CompletionRequest"):
+        schema["components"]["schemas"][request]["properties"]["model"] = {"type": "string", "enum": [model]}
 
 
 def _with_keys(schema: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ def test_waiting_ends():
     async def main():
         admission = Admission(max_in_flight=1, max_queued=1, queue_timeout_s=0.05)
         async with admission.admit(1):
-            with pytest.raises(TooManyRequests, match="0.05 seconds"):
+            with pytest.raises(TooManyRequests, match="within"):
                 async with admission.admit(1):
                     pass
         assert (admission.in_flight, admission.num_queued) == (0, 0)

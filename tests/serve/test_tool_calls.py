@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -36,7 +37,7 @@ def parse(pieces, **options):
 def test_however_the_text_is_cut(cuts):
     text = f"Let me see.\n{CALL}\n{CALL}\n"
     borders = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
-    pieces = [text[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(borders)]
     assert parse(pieces) == ("Let me see.", [("add", ARGUMENTS), ("add", ARGUMENTS)])
 
 
