@@ -22,6 +22,12 @@ _MEANING = {
 }
 _RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "string"}}}
 
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "A chunk as JSON; in the last event: [DONE]."}},
+    "required": ["data"],
+}
+
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's entry for each error status."""
@@ -39,7 +45,7 @@ def generation_responses(answer: type[BaseModel]) -> dict[int | str, dict[str, A
     table[200] = {
         "model": answer,
         "description": "The answer; with `stream`, a stream of chunks.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": _EVENT}},
         "headers": {VERSION_HEADER: {"description": "The version of the weights.", "schema": {"type": "string"}}},
     }
     return table

@@ -142,9 +142,17 @@ def test_what_a_call_became_goes_back_in(client):
     assert without.usage.prompt_tokens < shorter.usage.prompt_tokens
 
 
-def test_an_answer_fills_the_context_unless_it_is_limited(client):
-    answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, seed=1, stop=["a", "e", "i", "\n"])
-    assert answer.choices[0].finish_reason in ("stop", "length")
+def test_how_long_an_answer_may_be(client):
+    asked = {"model": MODEL, "messages": MESSAGES, "extra_body": {"ignore_eos": True}}
+    for limits in ({"max_tokens": 3}, {"max_completion_tokens": 3}, {"max_tokens": 9, "max_completion_tokens": 3}):
+        answer = client.chat.completions.create(**asked, **limits)
+        assert answer.usage.completion_tokens == 3
+        assert answer.choices[0].finish_reason == "length"
+    for limits in ({}, {"max_tokens": 100_000}):  # as far as the model's context reaches
+        filler = [{"role": "user", "content": "a" * 8000}]
+        answer = client.chat.completions.create(**{**asked, "messages": filler}, **limits)
+        assert answer.usage.total_tokens == 8192
+        assert answer.choices[0].finish_reason == "length"
 
 
 def test_models(client, server):
