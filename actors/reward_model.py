@@ -58,11 +58,10 @@ class RewardModelCore:
         """Judge a batch. `prompts`: those of the batch, each once, in its order. Raises `RewardError`."""
         started = time.perf_counter()
         completions = self.completions(batch, prompts)
-        scores = dict(self.scorer.score(completions))
-        correct = scores.pop("correct")
+        scores = self.scorer.score(completions)
         return RewardTable(
-            rewards=scores,
-            correct=correct,
+            rewards={name: scores[name] for name in self.scorer.reward_names},
+            correct=scores["correct"],
             lengths=np.array([c.num_tokens for c in completions], np.int32),
             truncated=np.array([c.finish_reason == "length" for c in completions], bool),
             seconds=time.perf_counter() - started,

@@ -36,8 +36,11 @@ class Completion:
 class Reward(Protocol):
     """A named judgement of a completion. `range` is (low, high); None or NaN means: does not apply."""
 
-    name: str
-    range: tuple[float, float]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def range(self) -> tuple[float, float]: ...
 
     def __call__(self, completion: Completion) -> float | None: ...
 

@@ -1,1 +1,55 @@
-"""TODO"""
+"""Prompts in, rollouts out: tasks with their rewards, readers, and storage.
+
+Names load when they are first used: checking a recipe must not wait for torch or transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thornback.data.demonstrations import Demonstration as Demonstration
+    from thornback.data.demonstrations import Flaws as Flaws
+    from thornback.data.demonstrations import make_demonstrations as make_demonstrations
+    from thornback.data.importing import load_object as load_object
+    from thornback.data.readers import BadRowReport as BadRowReport
+    from thornback.data.readers import PromptSet as PromptSet
+    from thornback.data.readers import read_prompts as read_prompts
+    from thornback.data.rewards import as_reward as as_reward
+    from thornback.data.rewards import pick_rewards as pick_rewards
+    from thornback.data.scoring import RuleScorer as RuleScorer
+    from thornback.data.storage import read_anchors as read_anchors
+    from thornback.data.storage import read_rollouts as read_rollouts
+    from thornback.data.storage import read_table as read_table
+    from thornback.data.storage import write_anchors as write_anchors
+    from thornback.data.storage import write_rollouts as write_rollouts
+    from thornback.data.storage import write_table as write_table
+    from thornback.data.tasks import ArithmeticTask as ArithmeticTask
+    from thornback.data.tasks import MathTask as MathTask
+    from thornback.data.tasks import load_task as load_task
+    from thornback.data.tokenizer import character_tokenizer as character_tokenizer
+    from thornback.data.tokenizer import render_prompt as render_prompt
+
+_HOMES = {
+    name: module
+    for module, names in {
+        "demonstrations": "Demonstration Flaws make_demonstrations",
+        "importing": "load_object",
+        "readers": "BadRowReport PromptSet read_prompts",
+        "rewards": "as_reward pick_rewards",
+        "scoring": "RuleScorer",
+        "storage": "read_anchors read_rollouts read_table write_anchors write_rollouts write_table",
+        "tasks": "ArithmeticTask MathTask load_task",
+        "tokenizer": "character_tokenizer render_prompt",
+    }.items()
+    for name in names.split()
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

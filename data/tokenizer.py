@@ -45,5 +45,7 @@ def render_prompt(
 ) -> list[int]:
     """Token ids of a conversation that the assistant is to continue; training and serving both come here."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    ids = tokenizer.apply_chat_template([*system, *messages], add_generation_prompt=True, tokenize=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(
+        [*system, *messages], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
     return list(ids)

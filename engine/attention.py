@@ -256,9 +256,8 @@ class PackedBatch:
             new = ~taken[tokens]
             taken[tokens] = True
             arrays = (spread.ravel(), real, tokens[new], real[first[new]])
-            groups.append(
-                PackedGroup((len(members), spread.shape[1]), *(torch.from_numpy(a).to(device) for a in arrays))
-            )
+            on_device = (torch.from_numpy(a).to(device) for a in arrays)
+            groups.append(PackedGroup((len(members), int(lengths.max())), *on_device))
         return cls(groups)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
