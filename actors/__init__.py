@@ -1,18 +1,43 @@
-"""Ray actors, one file a role, and what keeps them alive. Floor 2: knows engine, data, algorithms and contracts."""
+"""Ray actors, one file a role, and what keeps them alive. Floor 2: knows engine, data, algorithms and contracts.
 
-from thornback.actors.learner import LearnerSpec
-from thornback.actors.learner_group import LearnerGroup, LearnerLost
-from thornback.actors.optimizer import OptimizerSpec
-from thornback.actors.policy import PolicySpec
-from thornback.actors.pool import ActorPool
-from thornback.actors.reward_model import RewardModel, RewardTable
-from thornback.actors.rollout_worker import GenerationReport, PromptShard, RolloutSpec, RolloutWorker
-from thornback.actors.supervision import Home, Restarts, actor_options
-from thornback.actors.update import UpdateReport, UpdateSpec
-from thornback.actors.weight_store import PublishedWeights, WeightStore
+Names load when they are first used: reading a path needs neither torch nor Ray.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thornback.actors.anchor_sampler import AnchorSampler, anchors_of
+    from thornback.actors.learner import LearnerSpec
+    from thornback.actors.learner_group import LearnerGroup
+    from thornback.actors.optimizer import OptimizerSpec
+    from thornback.actors.policy import PolicySpec
+    from thornback.actors.pool import ActorPool
+    from thornback.actors.reward_model import RewardModel, RewardTable
+    from thornback.actors.rollout_worker import GenerationReport, PromptShard, RolloutSpec, RolloutWorker
+    from thornback.actors.supervision import DataLost, Home, LearnerLost, Restarts, actor_options
+    from thornback.actors.update import UpdateReport, UpdateSpec
+    from thornback.actors.weight_store import PublishedWeights, WeightStore
+
+_EXPORTS = {
+    "anchor_sampler": "AnchorSampler anchors_of",
+    "learner": "LearnerSpec",
+    "learner_group": "LearnerGroup",
+    "optimizer": "OptimizerSpec",
+    "policy": "PolicySpec",
+    "pool": "ActorPool",
+    "reward_model": "RewardModel RewardTable",
+    "rollout_worker": "GenerationReport PromptShard RolloutSpec RolloutWorker",
+    "supervision": "DataLost Home LearnerLost Restarts actor_options",
+    "update": "UpdateReport UpdateSpec",
+    "weight_store": "PublishedWeights WeightStore",
+}
+_HOME_OF = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
 __all__ = [
     "ActorPool",
+    "AnchorSampler",
+    "DataLost",
     "GenerationReport",
     "Home",
     "LearnerGroup",
@@ -31,4 +56,13 @@ __all__ = [
     "UpdateSpec",
     "WeightStore",
     "actor_options",
+    "anchors_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value

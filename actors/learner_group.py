@@ -13,15 +13,10 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from thornback.actors.learner import Learner, LearnerSpec
-from thornback.actors.supervision import Home, actor_options, is_lost, kill, original_error
+from thornback.actors.supervision import DataLost, Home, LearnerLost, actor_options, is_lost, kill, original_error
 from thornback.actors.update import UpdateReport
-from thornback.contracts import ActorLost
 
 GRACE_SECONDS = 10.0  # a rank's error may be the echo of another rank's death, which Ray reports a moment later
-
-
-class LearnerLost(ActorLost):
-    """A rank died or hung. What the group knew is lost with it: go back to a checkpoint."""
 
 
 class LearnerGroup:
@@ -95,7 +90,8 @@ class LearnerGroup:
             except Exception as second:
                 if is_lost(second):
                     raise LearnerLost(f"{self.name(other)} died while {doing}") from second
-        raise original_error(error) from None
+        found = original_error(error)
+        raise (LearnerLost(str(found)) if isinstance(found, DataLost) else found) from None
 
     def name(self, rank: int) -> str:
         where = f" ({self.homes[rank]})" if rank < len(self.homes) else ""

@@ -24,6 +24,7 @@ class _Slot:
 
     number: int
     actor: ActorHandle
+    setup: ObjectRef
     home: Home | None = None
 
 
@@ -62,7 +63,10 @@ class ActorPool:
         self._spawn = spawn
         self._restarts = restarts
         self._catch_up = catch_up
-        self._slots = [_Slot(number, spawn(number)) for number in range(size)]
+        self._slots = []
+        for number in range(size):
+            actor = spawn(number)
+            self._slots.append(_Slot(number, actor, actor.setup.remote()))
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -77,10 +81,9 @@ class ActorPool:
         return [slot.home for slot in self._slots]
 
     def wait_ready(self) -> None:
-        """Set every actor up, all at the same time; raises what a set-up raised, or `ActorLost`."""
-        setups = [slot.actor.setup.remote() for slot in self._slots]
-        for slot, ref in zip(self._slots, setups, strict=True):
-            self._finish_setup(slot, ref)
+        """Wait until every actor is set up, which began with the pool; raises what a set-up raised, or `ActorLost`."""
+        for slot in self._slots:
+            self._finish_setup(slot)
 
     def map(self, method: str, calls: Sequence[tuple], doing: str) -> list[Any]:
         """Call `method(*args)` for each of `calls` on whichever actor is free; results in the order of `calls`.
@@ -151,7 +154,7 @@ class ActorPool:
         except Exception as error:
             if not is_lost(error):
                 raise original_error(error) from None
-            return "died" if isinstance(error, ray.exceptions.RayActorError) else "lost its data"
+            return "died"
         results[call.index] = (*bulk, value) if bulk else value
         return None
 
@@ -162,15 +165,16 @@ class ActorPool:
         started = time.monotonic()
         kill(slot.actor)
         slot.actor = self._spawn(slot.number)
-        self._finish_setup(slot, slot.actor.setup.remote())
+        slot.setup = slot.actor.setup.remote()
+        self._finish_setup(slot)
         caught_up = self._catch_up(slot.actor)
         if caught_up is not None:
             self._await(slot, caught_up, "catching up")
         seconds = time.monotonic() - started
         self._restarts.on_event("actor_restarted", f"{self._name(slot)} takes over after {seconds:.1f} s")
 
-    def _finish_setup(self, slot: _Slot, ref: ObjectRef) -> None:
-        slot.home = self._await(slot, ref, "starting; it may need resources that the cluster does not have")
+    def _finish_setup(self, slot: _Slot) -> None:
+        slot.home = self._await(slot, slot.setup, "starting; it may need resources that the cluster does not have")
 
     def _await(self, slot: _Slot, ref: ObjectRef, doing: str) -> Any:
         try:
@@ -180,13 +184,9 @@ class ActorPool:
             raise ActorLost(f"{message} (run.timeout_seconds).") from None
         except Exception as error:
             if is_lost(error):
-                raise ActorLost(f"{self._name(slot)} died while {doing}: {_first_line(error)}") from error
+                raise ActorLost(f"{self._name(slot)} died while {doing}; look for the cause in Ray's logs.") from error
             raise original_error(error) from None
 
     def _name(self, slot: _Slot) -> str:
         where = f" ({slot.home})" if slot.home else ""
         return f"{self.role} {slot.number}{where}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

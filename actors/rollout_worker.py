@@ -85,6 +85,9 @@ class RolloutWorkerCore:
                 f"A rollout worker holds weights of version {self.version}, but was asked for version {version}."
             )
         started = time.perf_counter()
+        # What is cached depends on what ran before, and cached or not differs in the last bits: a shard's rollouts
+        # shall be a function of the weights and the shard alone.
+        self.engine.flush_prefix_cache()
         trajectories = shard.trajectories or (None,) * len(shard)
         requests = [
             Request(str(i), shard.token_ids[i], replace(sampling, seed=shard.seeds[i], n=n))

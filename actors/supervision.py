@@ -21,8 +21,16 @@ from ray.exceptions import (
 from thornback.contracts import ActorLost, ThornbackError
 from thornback.engine import THREAD_ENVIRONMENT
 
-# The process or its node is gone, or what it made is: the same work elsewhere gives the same result.
-LOST = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError)
+# The process or its node is gone: the same work elsewhere gives the same result.
+LOST = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
+
+
+class DataLost(ActorLost):
+    """What an actor had made is gone with its node or owner: go back to where it can be made again."""
+
+
+class LearnerLost(DataLost):
+    """A learner rank died or hung, and the group's state with it."""
 
 
 def actor_options(num_cpus: float = 0.0, num_gpus: float = 0.0) -> dict[str, Any]:
@@ -79,19 +87,32 @@ class Restarts:
             )
 
 
-def original_error(error: BaseException) -> BaseException:
-    """The error that was raised in the actor, if it is one of ours to show; a bug keeps its remote traceback."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    return cause if isinstance(cause, ThornbackError) else error
-
-
 def is_lost(error: BaseException) -> bool:
-    """Whether an error means that a process or its data is gone, here or inside the actor that reports it.
+    """Whether an error means that a process is gone, the one that was called or one that it called.
 
     A constructor that raised is no loss: another attempt would raise again.
     """
-    cause = error.cause if isinstance(error, RayTaskError) else error
+    cause = _cause(error)
     return isinstance(cause, LOST) and not getattr(cause, "actor_init_failed", False)
+
+
+def original_error(error: BaseException) -> BaseException:
+    """What to raise for an error that is no loss of a process: our own errors as they were raised, `DataLost` for
+    missing objects; a bug keeps its remote traceback."""
+    cause = _cause(error)
+    if isinstance(cause, ObjectLostError):
+        return DataLost(
+            f"Rollouts or weights are gone with the node or the actor that held them ({_first_line(cause)})"
+        )
+    return cause if isinstance(cause, ThornbackError) else error
+
+
+def _cause(error: BaseException) -> BaseException:
+    return error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def kill(actor: Any) -> None:

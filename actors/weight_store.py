@@ -8,7 +8,7 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from thornback.actors.supervision import Home
+from thornback.actors.supervision import Home, LearnerLost, is_lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,22 @@ class WeightStoreCore:
     def setup(self) -> Home:
         return Home.here()
 
-    def publish(self, ranks: list[ActorHandle], version: int) -> PublishedWeights:
-        """Take the weights of a learner group as `version`; raises what the learner raises, or its death.
+    def publish(self, ranks: list[ActorHandle], version: int, timeout: float) -> PublishedWeights:
+        """Take the weights of a learner group as `version`; raises `LearnerLost` if a rank is gone or does not
+        answer within `timeout` seconds.
 
-        Every rank takes part, since shards are gathered; the first returns the weights. The caller holds the
-        deadline. The buffer is not fetched here, where nobody reads it.
+        Every rank takes part, since shards are gathered; the first returns the weights. The buffer is not fetched
+        here, where nobody reads it.
         """
         returns = [rank.weights.remote() for rank in ranks]
-        ray.get([index for _, index in returns])
+        try:
+            ray.get([index for _, index in returns], timeout=timeout)
+        except ray.exceptions.GetTimeoutError:
+            raise LearnerLost(f"the learner did not hand out its weights within {timeout:.0f} s") from None
+        except Exception as error:
+            if is_lost(error):
+                raise LearnerLost("a learner rank died while publishing its weights") from None
+            raise
         published = PublishedWeights(version, *returns[0])
         self._versions[version] = published
         for old in sorted(self._versions)[: -self._keep]:

@@ -38,19 +38,17 @@ class Checkpoints:
         The manifest, written last, names every file with its size: where a filesystem's move is a copy, a
         checkpoint that was cut short is known by it.
         """
-        filesystem, final = self._run.filesystem, self._run.path("checkpoints", f"step-{step}")
-        name = f".step-{step}.tmp"
-        temporary = self._run.path("checkpoints", name)
-        self._delete(temporary)
-        filesystem.create_dir(temporary, recursive=True)
-        write(self._run.at("checkpoints", name))
+        run, name = self._run, f".step-{step}.tmp"
+        temporary = run.path("checkpoints", name)
+        run.make_empty("checkpoints", name)
+        write(run.at("checkpoints", name))
         manifest = {"step": step, "files": self._sizes(temporary), "state": state}
-        with filesystem.open_output_stream(f"{temporary}/{MANIFEST}") as stream:
+        with run.filesystem.open_output_stream(f"{temporary}/{MANIFEST}") as stream:
             stream.write(json.dumps(manifest, indent=1).encode())
-        self._delete(final)  # an earlier life of this run may have come as far
-        filesystem.move(temporary, final)
+        run.remove("checkpoints", f"step-{step}")  # an earlier life of this run may have come as far
+        run.filesystem.move(temporary, run.path("checkpoints", f"step-{step}"))
         for old in self._steps()[: -self._keep]:
-            self._delete(self._run.path("checkpoints", f"step-{old}"))
+            run.remove("checkpoints", f"step-{old}")
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint. Raises `DataError` if there are some, but none is whole."""
@@ -85,7 +83,3 @@ class Checkpoints:
         selector = pafs.FileSelector(self._run.path("checkpoints"), allow_not_found=True)
         names = (info.base_name for info in self._run.filesystem.get_file_info(selector))
         return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name)))
-
-    def _delete(self, path: str) -> None:
-        if self._run.filesystem.get_file_info(path).type != pafs.FileType.NotFound:
-            self._run.filesystem.delete_dir(path)

@@ -45,6 +45,19 @@ class RunDirectory:
     def exists(self, *parts: str) -> bool:
         return exists(self.filesystem, self.path(*parts))
 
+    def remove(self, *parts: str) -> None:
+        """Delete a file or a directory, if it is there."""
+        kind = self.filesystem.get_file_info(self.path(*parts)).type
+        if kind == pafs.FileType.Directory:
+            self.filesystem.delete_dir(self.path(*parts))
+        elif kind == pafs.FileType.File:
+            self.filesystem.delete_file(self.path(*parts))
+
+    def make_empty(self, *parts: str) -> None:
+        """An empty directory."""
+        self.remove(*parts)
+        self.filesystem.create_dir(self.path(*parts), recursive=True)
+
     def write_text(self, name: str, text: str) -> None:
         write_atomically(self.filesystem, self.path(name), text.encode())
 

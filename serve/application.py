@@ -1,0 +1,79 @@
+"""The Ray Serve application: a gateway over a pool of replicas."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ray import serve as ray_serve
+
+from thornback.engine import THREAD_ENVIRONMENT
+from thornback.serve.config import ServeConfig, serve_config
+from thornback.serve.deployments import GatewayDeployment
+from thornback.serve.model_source import resolve_model
+from thornback.serve.replica import Replica
+
+KEYS_VARIABLE = "THORNBACK_API_KEYS"
+# The gateway itself says when it is full, with a 429; Ray Serve's queue before it would only hide that.
+NO_LIMIT = 100_000
+
+
+def build_app(config: ServeConfig) -> ray_serve.Application:
+    """The application of a configuration, for `ray.serve.run`. Raises `ModelError` where the model is none."""
+    model = resolve_model(config.model)
+    config = config.model_copy(update={"served_model_name": config.served_model_name or model_name(config.model)})
+    environment = {**THREAD_ENVIRONMENT}
+    if config.threads_per_replica:
+        environment["OMP_NUM_THREADS"] = str(config.threads_per_replica)
+    replicas = ray_serve.deployment(Replica).options(
+        name="Replica",
+        max_ongoing_requests=NO_LIMIT,
+        max_constructor_retry_count=2,
+        ray_actor_options={
+            "num_cpus": config.cpus_per_replica,
+            "num_gpus": config.gpus_per_replica,
+            "runtime_env": {"env_vars": environment},
+        },
+        graceful_shutdown_wait_loop_s=0.5,
+        **_scale(config),
+    )
+    gateway = ray_serve.deployment(ray_serve.ingress()(GatewayDeployment)).options(
+        name="Gateway",
+        num_replicas=1,  # limits and counters are exact because there is one
+        max_ongoing_requests=NO_LIMIT,
+        max_constructor_retry_count=2,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_wait_loop_s=0.5,
+    )
+    engine = config.engine.engine_config(config.threads_per_replica)
+    return gateway.bind(config, model, api_keys(config), replicas.bind(model, engine))
+
+
+def app(args: dict[str, Any]) -> ray_serve.Application:
+    """For `serve deploy` and `serve run thornback.serve:app model=...`: `args` are `ServeConfig`'s settings."""
+    return build_app(serve_config(**args))
+
+
+def model_name(run_or_model: str) -> str:
+    """The name of a model that was given none: its directory's, or that of the run that made it."""
+    path = Path(run_or_model).expanduser()
+    return (path.resolve().name if path.is_dir() else run_or_model) or "model"
+
+
+def api_keys(config: ServeConfig) -> tuple[str, ...]:
+    """The configuration's keys and the environment's."""
+    more = (key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(","))
+    return (*config.api_keys, *filter(None, more))
+
+
+def _scale(config: ServeConfig) -> dict[str, Any]:
+    if config.max_replicas is None:
+        return {"num_replicas": config.num_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": config.num_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.target_ongoing_requests,
+        }
+    }

@@ -1,0 +1,126 @@
+"""Settings of a server. Importing this costs neither Ray nor torch."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from thornback.contracts import ConfigError, EngineConfig
+
+
+class EngineSection(BaseModel):
+    """Sizes of each replica's engine, with vLLM's names."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Tokens of a request, prompt and answer together. None: the model's own limit."""
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Samples computed at the same time."""
+    max_num_batched_tokens: int = Field(default=2048, ge=1)
+    """Tokens of one forward pass; longer prompts are computed in parts."""
+    kv_cache_memory_bytes: int = Field(default=2 << 30, ge=1)
+    """Memory of the cache of keys and values."""
+    block_size: int = Field(default=16, ge=1)
+    """Tokens of one cache block."""
+    enable_prefix_caching: bool = True
+    """Share the cache of prompts that begin alike."""
+    dtype: str = "auto"
+    """auto: float32 on CPU, bfloat16 on CUDA."""
+    device: str = "auto"
+    """auto: CUDA where there is any."""
+
+    def engine_config(self, threads: int | None) -> EngineConfig:
+        """The engine's own form, with `threads` torch threads."""
+        return EngineConfig(**self.model_dump(), num_threads=threads)
+
+
+class LimitSection(BaseModel):
+    """What the gateway takes on. More is refused with 429 and a `Retry-After`, or with 400 where it can never fit."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    max_in_flight: int = Field(default=256, ge=1)
+    """Sequences (prompts times n) that replicas work on at the same time."""
+    max_queued: int = Field(default=512, ge=0)
+    """Requests that may wait for their turn at the gateway."""
+    queue_timeout_s: float = Field(default=30.0, gt=0)
+    """Seconds a request waits for its turn before it is refused."""
+    max_sequences: int = Field(default=256, ge=1)
+    """Prompts times n in one request."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a prompt. None: as many as the engine holds."""
+    max_body_bytes: int = Field(default=16 << 20, ge=1024)
+    """Bytes of a request's body."""
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds from a request's admission to its last token."""
+
+
+class ServeConfig(BaseModel):
+    """Settings of `thornback serve`."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    model: str
+    """A run directory, a model directory in Hugging Face layout, or a hub name."""
+    served_model_name: str = ""
+    """The name that clients ask for. Empty: the directory's name."""
+    host: str = "127.0.0.1"
+    """The address to listen on; 0.0.0.0 listens on every interface."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """The port to listen on; 0 takes a free one."""
+    app_name: str = "thornback"
+    """The name of the Ray Serve application."""
+    ray_address: str = ""
+    """A running Ray cluster (auto: the one of this machine). Empty: RAY_ADDRESS, or else a Ray of its own."""
+    api_keys: list[str] = []
+    """Keys of which clients must send one as a bearer token; THORNBACK_API_KEYS adds some, separated by commas. \
+None: everybody may ask."""
+    num_replicas: int = Field(default=1, ge=1)
+    """Copies of the model, each with its own engine."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Lets Ray Serve scale between num_replicas and this many by load. None: no scaling."""
+    target_ongoing_requests: int = Field(default=32, ge=1)
+    """Requests a replica at which scaling adds another."""
+    threads_per_replica: int | None = Field(default=None, ge=1)
+    """Torch threads of an engine. None: torch's own choice."""
+    cpus_per_replica: float = Field(default=1.0, ge=0)
+    """CPUs that Ray sets aside for a replica."""
+    gpus_per_replica: float = Field(default=0.0, ge=0)
+    """GPUs that Ray sets aside for a replica."""
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    """Seconds until the first replica must answer."""
+    engine: EngineSection = EngineSection()
+    limits: LimitSection = LimitSection()
+
+    @model_validator(mode="after")
+    def _replicas_in_order(self) -> ServeConfig:
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(f"max_replicas is {self.max_replicas}, but num_replicas is {self.num_replicas}")
+        return self
+
+
+def serve_config(**settings: Any) -> ServeConfig:
+    """A `ServeConfig`; raises `ConfigError` in one sentence, with the nearest name for an unknown setting."""
+    try:
+        return ServeConfig(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] != "extra_forbidden":
+            where = f"{key} is {first['input']!r}: " if key else ""
+            raise ConfigError(f"Serving cannot be set up: {where}{first['msg']}.") from error
+        near = difflib.get_close_matches(str(first["loc"][-1]), _names_beside(first["loc"]), 1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ConfigError(f"Serving has no setting {key}{hint}") from error
+
+
+def _names_beside(location: tuple[int | str, ...]) -> list[str]:
+    """The names that the section of an unknown setting knows."""
+    model: type[BaseModel] = ServeConfig
+    for part in location[:-1]:
+        annotation = model.model_fields[str(part)].annotation
+        model = next(c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,75 @@
+"""One engine behind Ray Serve. Speaks tokens only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from thornback.contracts import Engine, EngineConfig, EngineLoad, InFlight, Output, Request, WeightView
+from thornback.serve.engine_loop import EngineLoop
+
+# An item of a stream costs about 1 ms of work in the processes that it passes. Items of one stream lie this far
+# apart for every stream that runs, so that all streams together take at most a third of a core.
+GAP_PER_STREAM_S = 0.003
+CALL_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDescription:
+    """What a gateway must know of the engines: the longest request in tokens, the size of the vocabulary."""
+
+    max_model_len: int
+    vocab_size: int
+    weight_version: int
+
+
+class Replica:
+    """Owns an engine. A request is one stream of lists of `Output`; whoever leaves the stream aborts the request."""
+
+    async def __init__(self, model: str, config: EngineConfig) -> None:  # type: ignore[misc]
+        def make_engine() -> Engine:
+            from thornback.engine import TorchEngine  # torch is imported in the engine's thread, beside Ray's start
+
+            return TorchEngine(model, config)
+
+        self._loop = EngineLoop(make_engine)
+        await self._loop.ready()
+
+    async def generate(self, request: Request, streaming: bool, timeout_s: float) -> AsyncGenerator[list[Output], None]:
+        """The outputs of a request: as they come, or all in one item at the end. Ends after `timeout_s` seconds."""
+        gap_s = GAP_PER_STREAM_S * self._loop.num_streams if streaming else None
+        # The gateway keeps the time too; this is for the case that the gateway is gone.
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        outputs = self._loop.stream(request, gap_s)
+        try:
+            while True:
+                async with asyncio.timeout_at(deadline):
+                    items = await anext(outputs, None)
+                if items is None:
+                    return
+                yield items
+        finally:
+            await outputs.aclose()
+
+    async def describe(self) -> EngineDescription:
+        return await self._call(
+            lambda engine: EngineDescription(engine.max_model_len, engine.shape.vocab_size, engine.weight_version)
+        )
+
+    async def load(self) -> EngineLoad:
+        return await self._call(lambda engine: engine.load())
+
+    async def load_weights(self, weights: WeightView, version: int, in_flight: InFlight = "recompute") -> None:
+        """Answer with other weights from the next step on; `weights` is mapped from the object store."""
+        await self._call(lambda engine: engine.load_weights(weights, version, in_flight))
+
+    async def check_health(self) -> None:
+        """Ray Serve's health check: a replica whose engine has failed is replaced."""
+        if self._loop.failure is not None:
+            raise RuntimeError(f"The engine has failed: {self._loop.failure!r}")
+
+    async def _call(self, function: Any) -> Any:
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            return await self._loop.call(function)

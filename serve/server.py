@@ -1,0 +1,206 @@
+"""Starts and stops a server from Python: `start` for programs, `run` for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thornback.contracts import ActorLost, ConfigError
+from thornback.serve.config import ServeConfig, serve_config
+from thornback.serve.model_source import resolve_model
+
+POLL_S = 0.2
+CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+
+
+@dataclass(slots=True)
+class Server:
+    """A running server. `url` is its root; OpenAI's clients take `base_url`."""
+
+    config: ServeConfig
+    url: str
+    model_name: str
+    owns_ray: bool = False
+    owns_serve: bool = False
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.url}/v1"
+
+    def stop(self) -> None:
+        """End the application, and Ray Serve and Ray where `start` started them."""
+        import ray
+        from ray import serve as ray_serve
+
+        if not ray.is_initialized():
+            return
+        if self.owns_serve:
+            ray_serve.shutdown()
+        else:
+            ray_serve.delete(self.config.app_name)
+        if self.owns_ray:
+            ray.shutdown()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def start(model: str | Path | ServeConfig, **settings: Any) -> Server:
+    """Serve a run's model or a model directory; returns once it answers.
+
+    `settings` are those of `ServeConfig`. Uses the Ray that runs in this process, or that of `ray_address`, or
+    starts one. Raises `ConfigError`, `ModelError` (both before Ray starts) or `ActorLost`.
+    """
+    config = model if isinstance(model, ServeConfig) else serve_config(model=str(model), **settings)
+    resolve_model(config.model)
+    config = config.model_copy(update={"port": free_port(config.host, config.port)})
+
+    import ray
+    from ray import serve as ray_serve
+
+    owns_ray = not ray.is_initialized()
+    if owns_ray:
+        _start_ray(config)
+    from thornback.serve.application import build_app, model_name
+
+    owns_serve = not _serve_runs()
+    server = Server(config, "", config.served_model_name or model_name(config.model), owns_ray, owns_serve)
+    try:
+        application = build_app(config)
+        if owns_serve:
+            ray_serve.start(
+                http_options={"host": config.host, "port": config.port},
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
+            )
+        ray_serve.run_many(
+            [ray_serve.RunTarget(target=application, name=config.app_name, route_prefix="/")],
+            wait_for_applications_running=False,
+        )
+        server.url = f"http://{_reachable(config.host)}:{config.port}"
+        _wait_until_healthy(server)
+    except BaseException:
+        server.stop()
+        raise
+    return server
+
+
+def run(model: str | Path | ServeConfig, **settings: Any) -> None:
+    """Serve until Ctrl-C (or SIGTERM); says where, and how to ask, once the model answers."""
+    began = time.monotonic()
+    print("Starting ...", flush=True)
+    with start(model, **settings) as server:
+        print(_greeting(server, time.monotonic() - began), flush=True)
+        stopped = threading.Event()
+        previous = {s: signal.signal(s, lambda *_: stopped.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while not stopped.wait(1.0):
+                pass
+            print("\nStopping ...", flush=True)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def free_port(host: str, port: int) -> int:
+    """`port` (0: one that is free) if it can be listened on; raises `ConfigError` if it is in use."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return probe.getsockname()[1]
+    except OSError as error:
+        raise ConfigError(
+            f"Port {port} of {host} cannot be listened on, most likely because it is in use ({error.strerror}); "
+            "choose another with --port."
+        ) from error
+
+
+def _start_ray(config: ServeConfig) -> None:
+    import ray
+
+    address = config.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    local = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, namespace="thornback", log_to_driver=False, logging_level="ERROR", **local)
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(f"No Ray cluster can be used at {address}: {error}") from error
+
+
+def _serve_runs() -> bool:
+    """Whether this Ray has a Serve already. Asking Serve itself would start one, with options of its own."""
+    import ray
+
+    try:
+        ray.get_actor(CONTROLLER, namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+def _wait_until_healthy(server: Server) -> None:
+    """Poll /health until it is 200; raises `ActorLost` when the deployment has failed or time is over."""
+    config = server.config
+    deadline = time.monotonic() + config.start_timeout_s
+    while time.monotonic() < deadline:
+        if _is_healthy(server.url):
+            return
+        failure = _failure(config.app_name)
+        if failure:
+            raise ActorLost(f"The server could not start: {failure}")
+        time.sleep(POLL_S)
+    raise ActorLost(
+        f"No replica of {server.model_name} answered within {config.start_timeout_s:g} s "
+        f"({_state(config.app_name)}); free resources for it, or raise start_timeout_s."
+    )
+
+
+def _is_healthy(url: str) -> bool:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the environment's proxy
+    try:
+        with direct.open(f"{url}/health", timeout=15) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def _failure(app_name: str) -> str:
+    from ray import serve as ray_serve
+
+    application = ray_serve.status().applications.get(app_name)
+    if application is None or application.status != "DEPLOY_FAILED":
+        return ""
+    messages = [d.message for d in application.deployments.values() if d.message] or [application.message]
+    return messages[0].strip().splitlines()[-1]
+
+
+def _state(app_name: str) -> str:
+    from ray import serve as ray_serve
+
+    application = ray_serve.status().applications.get(app_name)
+    if application is None:
+        return "the application is gone"
+    return ", ".join(f"{name} {d.status.value}" for name, d in application.deployments.items()) or application.status
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+
+
+def _greeting(server: Server, seconds: float) -> str:
+    body = json.dumps({"model": server.model_name, "messages": [{"role": "user", "content": "Hello!"}]})
+    return (
+        f"{server.model_name} answers at {server.base_url} (started in {seconds:.0f} s; Ctrl-C ends it). Ask:\n\n"
+        f"  curl {server.base_url}/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'\n"
+    )

@@ -1,0 +1,218 @@
+"""The actors of a run, and what the driver asks of them: generate, score, update, publish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from thornback.actors import (
+    ActorPool,
+    LearnerGroup,
+    LearnerSpec,
+    OptimizerSpec,
+    PolicySpec,
+    PublishedWeights,
+    Restarts,
+    RewardModel,
+    RewardTable,
+    RolloutSpec,
+    RolloutWorker,
+    UpdateReport,
+    UpdateSpec,
+    WeightStore,
+    actor_options,
+)
+from thornback.contracts import EngineConfig, RewardScorer, SamplingParams
+from thornback.train.config import RunConfig
+from thornback.train.prompts import PromptBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """Rollouts that lie in the object store, piece by piece, and the prompts of each piece."""
+
+    pieces: tuple[PromptBatch, ...]
+    batches: tuple[ObjectRef, ...]
+    num_tokens: int
+
+
+class Crew:
+    """Rollout workers, reward models, the weight store and, for training, the learner."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: str,
+        make_scorer: Callable[[], RewardScorer],
+        restarts: Restarts,
+        with_learner: bool = True,
+    ) -> None:
+        self.config = config
+        self._published: PublishedWeights | None = None
+        rollout_spec, timeout = rollout_spec_of(config, model), config.run.timeout_seconds
+        rollout, scoring = config.rollout, config.scoring
+        worker_class = RolloutWorker.options(**actor_options(rollout.num_cpus, rollout.num_gpus))
+        judge_class = RewardModel.options(**actor_options(scoring.num_cpus))
+        self.workers = ActorPool(
+            "rollout worker",
+            lambda _: worker_class.remote(rollout_spec),
+            rollout.num_workers,
+            timeout=timeout,
+            restarts=restarts,
+            catch_up=self._load_latest,
+        )
+        self.judges = ActorPool(
+            "reward model",
+            lambda _: judge_class.remote(make_scorer, model),
+            scoring.num_workers,
+            timeout=timeout,
+            restarts=restarts,
+        )
+        self.learner: LearnerGroup | None = None
+        if with_learner:
+            store_class = WeightStore.options(**actor_options())
+            self.store = ActorPool(
+                "weight store", lambda _: store_class.remote(), 1, timeout=timeout, restarts=restarts
+            )
+            learner = config.learner
+            self.learner = LearnerGroup(learner_spec_of(config, model), learner.num_cpus, learner.num_gpus)
+
+    def wait_ready(self) -> None:
+        """Until workers and reward models are up."""
+        self.workers.wait_ready()
+        self.judges.wait_ready()
+
+    def start_learner(self) -> LearnerGroup:
+        """A fresh learner with the model that the run starts from, beside the other actors; raises `LearnerLost`."""
+        assert self.learner is not None
+        self.learner.start()
+        self.wait_ready()
+        self.store.wait_ready()
+        return self.learner
+
+    def generate(self, prompts: PromptBatch, sampling: SamplingParams, version: int, doing: str) -> Rollouts:
+        """Answer every prompt with the weights of `version`, each worker its share."""
+        pieces = tuple(prompts.split(len(self.workers)))
+        calls = [(piece.shard, sampling, version) for piece in pieces]
+        done = self.workers.map("generate", calls, f"generating rollouts of {doing}")
+        return Rollouts(pieces, tuple(ref for ref, _ in done), sum(report.num_tokens for _, report in done))
+
+    def score(self, rollouts: Rollouts, doing: str, with_texts: bool = False) -> RewardTable:
+        """Judge rollouts; only the table comes here."""
+        pairs = zip(rollouts.batches, rollouts.pieces, strict=True)
+        calls = [(batch, piece.prompts, with_texts) for batch, piece in pairs]
+        return RewardTable.concat(self.judges.map("score", calls, f"judging rollouts of {doing}"))
+
+    def update(self, rollouts: Rollouts, advantages: np.ndarray, step: int) -> UpdateReport:
+        """Train on rollouts with one advantage each; raises `LearnerLost`."""
+        assert self.learner is not None
+        return self.learner.update(step, advantages, rollouts.batches)
+
+    def publish(self, version: int) -> float:
+        """Bring the learner's weights, as `version`, to every worker; returns the seconds that it took."""
+        started = time.perf_counter()
+        weights = self._publish(version)
+        self.workers.broadcast(
+            "load_weights", (weights.buffer, weights.index, version), f"loading weights of version {version}"
+        )
+        return time.perf_counter() - started
+
+    def _publish(self, version: int) -> PublishedWeights:
+        assert self.learner is not None
+        call = (self.learner.ranks, version, 0.9 * self.config.run.timeout_seconds)
+        self._published = self.store.map("publish", [call], f"publishing version {version}")[0]
+        assert self._published is not None
+        return self._published
+
+    def _load_latest(self, worker: ActorHandle) -> ObjectRef | None:
+        """Bring a new worker to the current version, which the store may have lost with its own death."""
+        if self._published is None:
+            return None
+        weights = self.store.map("latest", [()], "looking up the latest weights")[0]
+        if weights is None or weights.version != self._published.version:
+            weights = self._publish(self._published.version)
+        return worker.load_weights.remote(weights.buffer, weights.index, weights.version)
+
+    def shutdown(self) -> None:
+        """End every actor."""
+        self.workers.shutdown()
+        self.judges.shutdown()
+        if self.learner is not None:
+            self.learner.shutdown()
+            self.store.shutdown()
+
+
+def rollout_spec_of(config: RunConfig, model: str) -> RolloutSpec:
+    """What a rollout worker of this run is made of."""
+    rollout = config.rollout
+    return RolloutSpec(
+        model=model,
+        engine=rollout.engine,
+        engine_config=EngineConfig(**rollout.engine_options),
+        num_threads=rollout.num_threads,
+    )
+
+
+def sampling_of(config: RunConfig) -> SamplingParams:
+    """How training rollouts are drawn; each prompt's seed comes on top."""
+    rollout = config.rollout
+    return SamplingParams(
+        n=rollout.samples_per_prompt,
+        max_tokens=rollout.max_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
+    )
+
+
+def learner_spec_of(config: RunConfig, model: str) -> LearnerSpec:
+    """What the learner of this run is made of."""
+    algorithm, learner, lora = config.algorithm, config.learner, config.model.lora
+    options = {
+        "loss": algorithm.loss,
+        "aggregation": algorithm.aggregation,
+        "kl_weight": algorithm.kl_weight,
+        "kl_kind": algorithm.kl_kind,
+        "importance_cap": algorithm.importance_cap,
+        **getattr(algorithm, algorithm.loss).model_dump(),
+    }
+    targets = () if lora is None else lora.target_modules
+    return LearnerSpec(
+        policy=PolicySpec(
+            model=model,
+            dtype=learner.dtype,
+            strategy=learner.strategy,
+            lora=None
+            if lora is None
+            else (lora.rank, lora.alpha, targets if isinstance(targets, str) else tuple(targets)),
+            with_reference=algorithm.kl_weight > 0,
+            gradient_checkpointing=learner.gradient_checkpointing,
+            temperature=config.rollout.temperature,
+        ),
+        optimizer=OptimizerSpec(
+            learning_rate=learner.learning_rate,
+            schedule=learner.schedule,
+            final_learning_rate_share=learner.final_learning_rate_share,
+            warmup_steps=learner.warmup_steps,
+            total_steps=config.run.steps,
+            weight_decay=learner.weight_decay,
+            betas=learner.betas,
+            max_grad_norm=learner.max_grad_norm,
+        ),
+        update=UpdateSpec(
+            loss_options=options,
+            max_tokens=config.rollout.max_tokens,
+            epochs_per_batch=learner.epochs_per_batch,
+            updates_per_epoch=learner.updates_per_epoch,
+            tokens_per_microbatch=learner.tokens_per_microbatch,
+        ),
+        num_ranks=learner.num_ranks,
+        num_threads=learner.num_threads,
+        timeout=config.run.timeout_seconds,
+    )

@@ -1,0 +1,35 @@
+"""A task's prompts as token ids, once for the whole run."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from transformers import AutoConfig, AutoTokenizer
+
+from thornback.contracts import DataError, Task
+from thornback.data.tokenizer import render_prompt
+from thornback.train.config import RunConfig
+from thornback.train.prompts import TokenizedPrompt
+
+
+def tokenize_prompts(
+    config: RunConfig, task: Task, model: str, split: str, count: int | None
+) -> tuple[list[TokenizedPrompt], int]:
+    """The first `count` prompts of a split (None: all) that leave room for an answer in the model's context, and the
+    number of those that do not. Raises `DataError` if none is left."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    context = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
+    room = [config.data.max_prompt_tokens, None if context is None else context - config.rollout.max_tokens]
+    limit = min((n for n in room if n is not None), default=None)
+    kept: list[TokenizedPrompt] = []
+    num_too_long = 0
+    for prompt in islice(task.prompts(split), count):
+        ids = render_prompt(tokenizer, prompt.messages, task.system_prompt)
+        if limit is not None and len(ids) > limit:
+            num_too_long += 1
+        else:
+            kept.append(TokenizedPrompt(prompt, tuple(ids)))
+    if not kept:
+        why = f"all {num_too_long} are longer than {limit} tokens" if num_too_long else "there are none"
+        raise DataError(f"The task {task.name} has no usable prompts in {split}: {why}.")
+    return kept, num_too_long
