@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from thornback.contracts import Completion, DataError, Reward, RewardScorer, Task
-from thornback.data import RuleScorer, load_task, select_rewards
+from thornback.data import RuleScorer, as_reward, load_task, pick_rewards
 from thornback.train.config import RunConfig
 from thornback.train.settings import Settings
 
@@ -58,10 +58,18 @@ class Problem:
 
 def _rewards(settings: Settings, task: Task) -> tuple[Reward, ...]:
     """The configured rewards, in their order; all of the task's if none is configured."""
-    sections = settings.config.rewards
-    sources = {name: settings.functions.get(name) or section.function for name, section in sections.items()}
-    ranges = {name: section.range for name, section in sections.items() if section.range is not None}
-    return select_rewards(task, sources, ranges)
+    if not settings.config.rewards:
+        return tuple(task.rewards)
+    found = []
+    for name, section in settings.config.rewards.items():
+        thing = settings.functions.get(name) or section.function
+        if thing is None:
+            (thing,) = pick_rewards(task.rewards, [name])
+            if section.range is None:
+                found.append(thing)
+                continue
+        found.append(as_reward(name, thing, section.range))
+    return tuple(found)
 
 
 def _scorer_of(config: RunConfig) -> RewardScorer:

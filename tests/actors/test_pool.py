@@ -65,7 +65,7 @@ def events():
 
 @pytest.fixture(scope="module")
 def shared_pool(ray_cluster):
-    pool = ActorPool("worker", spawner(), 2, timeout=60.0, restarts=Restarts(0, print))
+    pool = ActorPool("worker", spawner(), 2, timeout=60.0, restarts=Restarts(0, lambda kind, message: None))
     pool.wait_ready()
     yield pool
     pool.shutdown()
@@ -142,7 +142,7 @@ def test_work_that_takes_every_actor_down_is_given_up(pool):
 @pytest.mark.parametrize("broken", ["constructor", "setup"])
 def test_what_a_constructor_raises_is_told_at_once(ray_cluster, broken):
     started = time.monotonic()
-    pool = ActorPool("worker", spawner(broken), 1, timeout=120.0, restarts=Restarts(0, print))
+    pool = ActorPool("worker", spawner(broken), 1, timeout=120.0, restarts=Restarts(0, lambda kind, message: None))
     with pytest.raises((ConfigError, ray.exceptions.RayActorError), match=f"the {broken} is broken") as error:
         pool.wait_ready()
     assert time.monotonic() - started < 60  # and not at the deadline
@@ -152,7 +152,7 @@ def test_what_a_constructor_raises_is_told_at_once(ray_cluster, broken):
 
 
 def test_a_setup_that_hangs_names_the_actor(ray_cluster):
-    pool = ActorPool("worker", spawner("hang"), 1, timeout=3.0, restarts=Restarts(0, print))
+    pool = ActorPool("worker", spawner("hang"), 1, timeout=3.0, restarts=Restarts(0, lambda kind, message: None))
     with pytest.raises(ActorLost, match=r"worker 0 did not answer within 3 s while starting"):
         pool.wait_ready()
     pool.shutdown()

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from thornback.actors.locations import is_local, resolve, write_atomically
 from thornback.actors.tensor_file import read_tensors, write_tensors
-from thornback.contracts import ConfigError
+from thornback.contracts import DataError
 
 
 def test_round_trip_and_the_library_agrees(tmp_path):
@@ -44,5 +44,5 @@ def test_locations(tmp_path):
     assert resolve(f"file://{tmp_path}/a")[1] == str(tmp_path / "a")
     assert is_local("runs/x")
     assert not is_local("s3://bucket/x")
-    with pytest.raises(ConfigError, match="nonsense://x cannot be opened"):
+    with pytest.raises(DataError, match="nonsense://x cannot be opened"):
         resolve("nonsense://x")
