@@ -9,6 +9,7 @@ RECIPE = """
 run: {name: wrong, steps: 2}
 model: {build: {hidden_size: 32, num_hidden_layers: 1, intermediate_size: 64}}
 data: {prompts_per_step: 2}
+algorithm: {estimator: dvao}
 rollout: {samples_per_prompt: 2, max_tokens: 8}
 evaluation: {every: 0}
 """
