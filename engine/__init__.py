@@ -1,12 +1,31 @@
-"""Token-level generation: tokens in, tokens and log-probabilities out. Knows no Ray and no text."""
+"""Token-level generation: tokens in, tokens and log-probabilities out. Knows no Ray and no text.
 
+The names are imported when they are first used: a process that only starts others needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# At once, since a module and a function share the name; it is light.
 from thornback.engine.generate import Collector, Sample, generate
-from thornback.engine.kv_pool import KVPool, read_export
-from thornback.engine.model import ModelShape, check_model_directory, load_model
-from thornback.engine.packing import sequence_logprobs
-from thornback.engine.threads import THREAD_ENVIRONMENT
-from thornback.engine.torch_engine import TorchEngine
-from thornback.engine.weights import bind_weights, copy_parameters, flatten_parameters, tensor_to_numpy
+
+if TYPE_CHECKING:
+    from thornback.engine.kv_pool import KVPool, read_export
+    from thornback.engine.model import ModelShape, check_model_directory, load_model
+    from thornback.engine.packing import sequence_logprobs
+    from thornback.engine.threads import THREAD_ENVIRONMENT
+    from thornback.engine.torch_engine import TorchEngine
+    from thornback.engine.weights import bind_weights, copy_parameters, flatten_parameters, tensor_to_numpy
+
+_EXPORTS = {
+    "kv_pool": "KVPool read_export",
+    "model": "ModelShape check_model_directory load_model",
+    "packing": "sequence_logprobs",
+    "threads": "THREAD_ENVIRONMENT",
+    "torch_engine": "TorchEngine",
+    "weights": "bind_weights copy_parameters flatten_parameters tensor_to_numpy",
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
 __all__ = [
     "THREAD_ENVIRONMENT",
@@ -25,3 +44,11 @@ __all__ = [
     "sequence_logprobs",
     "tensor_to_numpy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'thornback.engine' has no attribute {name!r}")
+    value = getattr(import_module(f"thornback.engine.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
