@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from thornback.contracts import ConfigError, ModelError, Task
+from thornback.contracts import ConfigError, ModelError
 from thornback.train.config import RunConfig
 from thornback.train.run_directory import RunDirectory
 
@@ -35,7 +35,7 @@ def check_model(config: RunConfig) -> None:
         raise ModelError(f"model.path: {path} has no tokenizer; save the model's there with save_pretrained.")
 
 
-def starting_model(config: RunConfig, task: Task, run: RunDirectory) -> str:
+def starting_model(config: RunConfig, run: RunDirectory) -> str:
     """A model directory or hub name. What is made here lies in the run's directory, and is made once."""
     if config.model.build is None:
         assert config.model.path is not None
@@ -44,7 +44,7 @@ def starting_model(config: RunConfig, task: Task, run: RunDirectory) -> str:
         model = made_once(run, "built", lambda directory: _build(config, directory))
     if config.warm_start is not None:
         start = model
-        model = made_once(run, "warm", lambda directory: _warm_start(config, task, start, directory, run))
+        model = made_once(run, "warm", lambda directory: _warm_start(config, start, directory))
     return model
 
 
@@ -73,28 +73,7 @@ def _build(config: RunConfig, directory: str) -> None:
     build_model(directory, tokenizer, **sizes, seed=config.run.seed)
 
 
-def _warm_start(config: RunConfig, task: Task, model: str, directory: str, run: RunDirectory) -> None:
-    """Train on the task's demonstrations; raises `ConfigError` for a task that has none."""
-    from transformers import AutoTokenizer
+def _warm_start(config: RunConfig, model: str, directory: str) -> None:
+    from thornback.train.warm_start import warm_start
 
-    from thornback.data import Flaws, make_demonstrations
-    from thornback.data.tasks.arithmetic import ArithmeticTask
-    from thornback.train.warm_start import tokenized, warm_start
-
-    section = config.warm_start
-    assert section is not None
-    if not isinstance(task, ArithmeticTask):
-        raise ConfigError(f"warm_start: the task {task.name} has no demonstrations; only arithmetic makes some.")
-    demonstrations = make_demonstrations(task, section.num_demonstrations, config.run.seed, Flaws(**section.options))
-    examples = tokenized(AutoTokenizer.from_pretrained(model), demonstrations, task.system_prompt)
-    metrics = run.path("warm_start.jsonl") if run.is_local else None
-    warm_start(
-        model,
-        examples,
-        directory,
-        section,
-        seed=config.run.seed,
-        num_threads=config.learner.num_threads,
-        use_gpu=config.learner.num_gpus > 0,
-        metrics_path=metrics,
-    )
+    warm_start(config, model, directory)

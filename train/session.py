@@ -49,7 +49,7 @@ class Session:
         """The run's directory and cluster, with the starting model made if need be."""
         run = open_run(config)
         with cluster(config.run.address):
-            yield cls(config, problem, run, starting_model(config, problem.task, run))
+            yield cls(config, problem, run, starting_model(config, run))
 
     @cached_property
     def restarts(self) -> Restarts:

@@ -158,5 +158,5 @@ def test_a_job_that_fails_says_so(cluster, project):
         *("--address", cluster),
     )
     assert done.returncode == 2
-    assert re.search(r"^thornback: .*mine:judge", done.stdout, re.MULTILINE), "the job's own sentence"
+    assert re.search(r"^thornback: .*reward mine.*KeyError", done.stdout, re.MULTILINE), "the job's own sentence"
     assert "ended as FAILED" in done.stderr

@@ -61,8 +61,8 @@ def test_a_malformed_row(expect_error, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("raise KeyError('answer')", ("mine:judge", "KeyError")),
-        ("return 'good'", ("mine:judge", "'good'")),
+        ("raise KeyError('answer')", ("mine", "KeyError")),
+        ("return 'good'", ("mine", "'good'")),
     ],
 )
 def test_a_reward_that_raises_or_returns_a_string(expect_error, recipe, tmp_path, body, words):
