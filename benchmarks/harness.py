@@ -7,6 +7,7 @@ tenants, heat) meets all of them alike. What counts is the median over the round
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -136,15 +137,11 @@ class _Running:
     def stop(self) -> None:
         """Ask the process to end, and end it and whatever it started if it does not."""
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired, BrokenPipeError):
             self._process.stdin.close()
             self._process.wait(STOP_SECONDS)
-        except (subprocess.TimeoutExpired, BrokenPipeError):
-            pass
-        try:
+        with contextlib.suppress(ProcessLookupError):  # nothing is left of it
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # nothing is left of it
         self._process.wait(STOP_SECONDS)
         self._answers.close()
         self._log.close()

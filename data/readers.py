@@ -33,11 +33,13 @@ class BadRowReport:
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """What was read: prompts in the order of files and rows, and the rows that were left out."""
+    """What was read: prompts in the order of files and rows, the rows that were left out, and how many said again
+    what an earlier one had said (DAPO-Math-17k repeats each problem about a hundred times)."""
 
     location: str
     prompts: list[Prompt]
     bad_rows: list[BadRowReport] = field(default_factory=list)
+    num_duplicates: int = 0
 
     def checked(self, max_bad_rows: int = 0) -> list[Prompt]:
         """The prompts. Raises `DataError` for more bad rows than that, and where there is no prompt at all."""
@@ -84,14 +86,20 @@ def read_prompts(
             rows += (row for file in files for row in check.rows(file, read_rows(file)))
     prompts = [row for row in rows if isinstance(row, Prompt)]
     bad = [row for row in rows if isinstance(row, BadRowReport)]
-    return PromptSet(", ".join(locations), _unique(prompts), bad)
+    unique = _unique(prompts)
+    return PromptSet(", ".join(locations), unique, bad, len(prompts) - len(unique))
 
 
 def _unique(prompts: list[Prompt]) -> list[Prompt]:
-    """Keys must be: seeds and anchors hang on them. A file of the same name elsewhere gets a number."""
+    """Each problem once, under a key of its own: seeds and anchors hang on keys. Files of one name get a number."""
+    said: set[tuple] = set()
     seen: dict[str, int] = {}
     result = []
     for prompt in prompts:
+        content = (*((m["role"], m["content"]) for m in prompt.messages), prompt.answer)
+        if content in said:
+            continue
+        said.add(content)
         count = seen[prompt.key] = seen.get(prompt.key, 0) + 1
         key = prompt.key if count == 1 else f"{prompt.key}#{count}"
         result.append(Prompt(key, prompt.messages, prompt.answer, prompt.extra))
@@ -144,10 +152,10 @@ class RowCheck:
 
     def rows(self, file: str, rows: Iterable[tuple[int, dict[str, Any] | BadRow]]) -> Iterator[Prompt | BadRowReport]:
         for number, row in rows:
-            result = row if isinstance(row, BadRow) else self.prompt(row, f"{PurePosixPath(file).stem}:{number}")
+            result = row if isinstance(row, BadRow) else self.prompt(row, file, number)
             yield BadRowReport(file, number, str(result)) if isinstance(result, BadRow) else result
 
-    def prompt(self, row: dict[str, Any], key: str) -> Prompt | BadRow:
+    def prompt(self, row: dict[str, Any], file: str, number: int) -> Prompt | BadRow:
         column = self.columns.get("prompt") or next((c for c in _PROMPT_COLUMNS if row.get(c) is not None), None)
         if column is None or column not in row:
             known = f'the column "{column}"' if column else f"a column of {', '.join(_PROMPT_COLUMNS)}"
@@ -163,8 +171,9 @@ class RowCheck:
             if length > self.max_prompt_tokens:
                 return BadRow(f"its prompt has {length} tokens, more than {self.max_prompt_tokens}")
         named = row.get(self.columns.get("key", "key"))
+        key = str(named) if named is not None else f"{PurePosixPath(file).stem}:{number}"
         extra = {name: value for name, value in row.items() if name != column}
-        return Prompt(str(named) if named is not None else key, messages, answer, extra)
+        return Prompt(key, messages, answer, {**extra, "source": f"{file}:{number}"})
 
     def _answer(self, row: dict[str, Any]) -> str | BadRow | None:
         if "answer" in self.columns:

@@ -8,7 +8,7 @@ from numbers import Real
 
 import numpy as np
 
-from thornback.contracts import Completion, Reward, RewardError, Task
+from thornback.contracts import Completion, ConfigError, Reward, RewardError, Task
 
 
 class RuleScorer:
@@ -18,9 +18,15 @@ class RuleScorer:
         self.task = task
         self.rewards = tuple(task.rewards if rewards is None else rewards)
         self.reward_names = tuple(reward.name for reward in self.rewards)
+        own = {reward.name: reward for reward in task.rewards}
+        if any(r.name == "correct" and type(r) is not type(own.get("correct")) for r in self.rewards):
+            raise ConfigError(
+                "A reward of your own cannot be called correct: that is the task's verdict, which accuracy and "
+                "filters go by; choose another name."
+            )
 
     def score(self, completions: list[Completion]) -> dict[str, np.ndarray]:
-        """Per reward name, and for "correct" (the task's verdict unless a reward bears that name), float32 `[R]`.
+        """Per reward name, and for "correct", the task's verdict, float32 `[R]`.
 
         Raises `RewardError`, naming reward, prompt and value, where a reward raises or returns no number in its
         range.

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from thornback.contracts import DataError
+from thornback.contracts import ConfigError, DataError
+from thornback.train.config import RunConfig
 from thornback.train.sections import WarmStartSection
 
 
@@ -38,7 +39,34 @@ def tokenized(tokenizer: Any, demonstrations: Sequence[Any], system_prompt: str 
     return examples
 
 
-def warm_start(
+def warm_start(config: RunConfig, model: str | Path, output: str | Path) -> dict[str, float]:
+    """Warm `model` up on demonstrations of the configured task, as `config.warm_start` says; see `supervise`.
+
+    Raises `ConfigError` for a task that gives no demonstrations.
+    """
+    from transformers import AutoTokenizer
+
+    from thornback.data import load_task
+
+    section = config.warm_start
+    assert section is not None, "warm_start is called for configurations that ask for one"
+    task = load_task(config.task.name, config.task.options)
+    if not hasattr(task, "demonstrations"):
+        raise ConfigError(
+            f"The task {task.name} gives no demonstrations: leave warm_start out, or give the task a method "
+            "demonstrations(count, seed, **options)."
+        )
+    made = task.demonstrations(section.num_demonstrations, config.run.seed, **section.options)
+    examples = tokenized(AutoTokenizer.from_pretrained(model), made, task.system_prompt)
+    metrics = Path(output).with_name(f"{Path(output).name}-metrics.jsonl")
+    threads, use_gpu = config.learner.num_threads, config.learner.num_gpus > 0
+    return supervise(
+        model, examples, output, section, seed=config.run.seed, num_threads=threads, use_gpu=use_gpu,
+        metrics_path=metrics,
+    )  # fmt: skip
+
+
+def supervise(
     model: str | Path,
     examples: Sequence[Example],
     output: str | Path,

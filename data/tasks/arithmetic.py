@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from thornback.contracts import Completion, ConfigError, Prompt, Reward
 from thornback.data.rewards import Brevity, Correct, TagFormat, tagged_answer
+
+if TYPE_CHECKING:
+    from thornback.data.demonstrations import Demonstration
 
 _STORIES = {
     "+": ("Ann has {a} nuts and finds {b} more. How many now?", "{a} birds sit, {b} come. How many birds?"),
@@ -114,6 +118,15 @@ class ArithmeticTask:
                 continue
             seen.add(key)
             yield problem, story
+
+    def demonstrations(self, count: int, seed: int = 0, **flaws: float) -> list[Demonstration]:
+        """Imperfect worked answers to training problems; `flaws` are fields of `Flaws`."""
+        from thornback.data.demonstrations import Flaws, make_demonstrations
+
+        try:
+            return make_demonstrations(self, count, seed, Flaws(**flaws))
+        except TypeError as error:
+            raise ConfigError(f"The demonstrations of the task arithmetic: {error}.") from None
 
     def is_held_out(self, problem: Problem) -> bool:
         digest = hashlib.blake2b(problem.canonical.encode(), digest_size=8).digest()

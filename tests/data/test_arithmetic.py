@@ -167,6 +167,11 @@ def test_what_is_no_score_is_refused(function, message) -> None:
         RuleScorer(ArithmeticTask(), [as_reward("r", function)]).score([completion("x")])
 
 
+def test_the_verdict_cannot_be_replaced() -> None:
+    with pytest.raises(ConfigError, match="cannot be called correct"):
+        RuleScorer(ArithmeticTask(), [as_reward("correct", halved)])
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

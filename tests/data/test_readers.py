@@ -190,9 +190,15 @@ def test_splits_of_a_directory(tmp_path) -> None:
 def test_files_of_one_name_keep_their_keys_apart(tmp_path) -> None:
     for part in "ab":
         (tmp_path / part).mkdir()
-        write_jsonl(tmp_path / part / "x.jsonl", GSM8K)
-    keys = [p.key for p in read_prompts(str(tmp_path)).prompts]
-    assert keys == ["x:1", "x:2", "x:1#2", "x:2#2"]
+        write_jsonl(tmp_path / part / "x.jsonl", [{**row, "question": part + row["question"]} for row in GSM8K])
+    prompts = read_prompts(str(tmp_path)).prompts
+    assert [p.key for p in prompts] == ["x:1", "x:2", "x:1#2", "x:2#2"]
+    assert prompts[3].extra["source"] == f"{tmp_path}/b/x.jsonl:2"
+
+
+def test_a_problem_that_is_repeated_counts_once(tmp_path) -> None:
+    found = read_prompts(str(write_parquet(tmp_path / "dapo.parquet", DAPO * 100)))
+    assert (len(found.prompts), found.num_duplicates) == (1, 99)
 
 
 # The math task
