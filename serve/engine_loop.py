@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from typing import Any
 
-from thornback.contracts import Engine, Output, Request
+from thornback.contracts import Engine, EngineLoad, Output, Request
 from thornback.serve.outputs import merge_outputs
 
 JOIN_TIMEOUT_S = 30.0
@@ -47,6 +47,7 @@ class EngineLoop:
         self._streams: dict[str, OutputStream] = {}
         self.failure: BaseException | None = None
         self.engine: Engine | None = None
+        self.load: EngineLoad | None = None  # as of the last step, for whoever cannot wait for the next one
         self._ready: Future[Engine] = Future()
         self._thread = threading.Thread(target=self._run, args=(make_engine,), name="engine", daemon=True)
         self._thread.start()
@@ -125,6 +126,7 @@ class EngineLoop:
             self.failure = error
             self._ready.set_exception(error)
             return
+        self.load = self.engine.load()
         self._ready.set_result(self.engine)
         try:
             while self._serve_once(self.engine):
@@ -144,6 +146,7 @@ class EngineLoop:
         for command in commands:
             command()
         outputs = engine.step()
+        self.load = engine.load()
         if outputs:
             self._loop.call_soon_threadsafe(self._deliver, outputs)
         elif engine.has_unfinished_requests():

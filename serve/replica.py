@@ -59,7 +59,10 @@ class Replica:
         )
 
     async def load(self) -> EngineLoad:
-        return await self._call(lambda engine: engine.load())
+        """As of the engine's last step; answers at once, however long a step takes. Raises if the engine failed."""
+        await self.check_health()
+        assert self._loop.load is not None
+        return self._loop.load
 
     async def load_weights(self, weights: WeightView, version: int, in_flight: InFlight = "recompute") -> None:
         """Answer with other weights from the next step on; `weights` is mapped from the object store."""
