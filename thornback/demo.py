@@ -21,14 +21,15 @@ from thornback.train.report import Change, before_and_after, read_run
 GAIN_WANTED = 0.20  # of sampled accuracy
 LOSS_ALLOWED = 0.02  # of greedy accuracy and of every other reward
 QUESTIONS = ("47+38=?", "86+67=?", "58+29=?")
+# Two workers and two ranks of one thread each: so small a model's products are too short to share between threads.
 SETTINGS = {
     "model": {"build": {"hidden_size": 96, "num_hidden_layers": 4, "intermediate_size": 256}},
     "task": {"name": "arithmetic", "options": {"num_train": 1024, "num_test": 512, "budget": 24}},
     "data": {"prompts_per_step": 16},
-    "rollout": {"samples_per_prompt": 8, "max_tokens": 48},
+    "rollout": {"samples_per_prompt": 8, "max_tokens": 48, "num_workers": 2, "num_threads": 1},
     "algorithm": {"estimator": "anchored_dvao"},
-    "learner": {"learning_rate": 2e-4},
-    "warm_start": {"steps": 1500, "batch_size": 32, "learning_rate": 3e-3},
+    "learner": {"learning_rate": 2e-4, "num_ranks": 2, "num_threads": 1},
+    "warm_start": {"steps": 500, "batch_size": 32, "learning_rate": 3e-3, "num_workers": 2},
     "anchors": {"num_rollouts": 8},
     "evaluation": {"every": 50, "num_prompts": 512},
     "checkpoint": {"every": 50},
