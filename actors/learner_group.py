@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,16 @@ GRACE_SECONDS = 10.0  # a rank's error may be the echo of another rank's death, 
 class LearnerGroup:
     """All ranks of a learner. Every call reaches every rank; `LearnerLost` tells that the group must start again."""
 
-    def __init__(self, spec: LearnerSpec, num_cpus: float = 0.0, num_gpus: float = 0.0) -> None:
+    def __init__(
+        self,
+        spec: LearnerSpec,
+        num_cpus: float = 0.0,
+        num_gpus: float = 0.0,
+        on_event: Callable[[str, str], None] = lambda kind, message: None,
+    ) -> None:
         self.spec = spec
+        self._on_event = on_event
         self._options = actor_options(num_cpus, num_gpus)
-        self._options["max_concurrency"] = 1
         self.ranks: list[ActorHandle] = []
         self.homes: list[Home] = []
 
@@ -42,6 +48,8 @@ class LearnerGroup:
             rank.setup.remote(meeting, neighbours[home.node]) for rank, home in zip(self.ranks, self.homes, strict=True)
         ]
         self._all(setups, "loading the model")
+        for rank in range(len(self.ranks)):
+            self._on_event("actor_started", f"{self.name(rank)} is ready")
 
     def update(self, step: int, advantages: np.ndarray, batches: Sequence[ObjectRef]) -> UpdateReport:
         """One update on rollouts that lie in the object store; the first rank's report, which covers all."""

@@ -5,22 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.fs as pafs
 
-from thornback.contracts import ConfigError
+from thornback.data import open_location
 
 
 def resolve(location: str | Path) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a location and the path in it; raises `ConfigError` for a URI that pyarrow cannot read."""
-    text = os.fspath(location)
-    if "://" not in text:
-        return pafs.LocalFileSystem(), os.path.abspath(text)
-    try:
-        return pafs.FileSystem.from_uri(text)
-    except (pa.ArrowInvalid, OSError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"{text} cannot be opened ({reason}); give a path, or a URI of pyarrow.fs.") from error
+    """The filesystem of a location and the path in it; raises `DataError` for a URI that pyarrow cannot read."""
+    return open_location(os.fspath(location))
 
 
 def is_local(location: str | Path) -> bool:

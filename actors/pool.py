@@ -83,7 +83,9 @@ class ActorPool:
     def wait_ready(self) -> None:
         """Wait until every actor is set up, which began with the pool; raises what a set-up raised, or `ActorLost`."""
         for slot in self._slots:
-            self._finish_setup(slot)
+            if slot.home is None:
+                self._finish_setup(slot)
+                self._restarts.on_event("actor_started", f"{self._name(slot)} is ready")
 
     def map(self, method: str, calls: Sequence[tuple], doing: str) -> list[Any]:
         """Call `method(*args)` for each of `calls` on whichever actor is free; results in the order of `calls`.

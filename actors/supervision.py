@@ -19,7 +19,6 @@ from ray.exceptions import (
 )
 
 from thornback.contracts import ActorLost, ThornbackError
-from thornback.engine import THREAD_ENVIRONMENT
 
 # The process or its node is gone: the same work elsewhere gives the same result.
 LOST = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
@@ -35,6 +34,8 @@ class LearnerLost(DataLost):
 
 def actor_options(num_cpus: float = 0.0, num_gpus: float = 0.0) -> dict[str, Any]:
     """Options of every actor of ours. Ray never restarts them: supervision does, and says so."""
+    from thornback.engine import THREAD_ENVIRONMENT  # with torch, which not every actor needs
+
     return {
         "num_cpus": num_cpus,
         "num_gpus": num_gpus,

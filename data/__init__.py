@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from thornback.data.demonstrations import Demonstration as Demonstration
     from thornback.data.demonstrations import Flaws as Flaws
     from thornback.data.demonstrations import make_demonstrations as make_demonstrations
+    from thornback.data.files import open_location as open_location
     from thornback.data.importing import load_object as load_object
     from thornback.data.readers import BadRowReport as BadRowReport
     from thornback.data.readers import PromptSet as PromptSet
@@ -35,6 +36,7 @@ _HOMES = {
     name: module
     for module, names in {
         "demonstrations": "Demonstration Flaws make_demonstrations",
+        "files": "open_location",
         "importing": "load_object",
         "readers": "BadRowReport PromptSet read_prompts",
         "rewards": "as_reward pick_rewards",

@@ -13,26 +13,28 @@ if TYPE_CHECKING:
     from thornback.contracts import Completion, Engine, EngineConfig, Prompt, Request, SamplingParams, ThornbackError
     from thornback.engine import TorchEngine, generate, load_model
     from thornback.serve import ServeConfig
-    from thornback.train import RunConfig, Trainer, build_model, evaluate, load_recipe, presample, warm_start
+    from thornback.train import RunConfig, RunResult, Trainer, build_model, load_recipe
+    from thornback.train.jobs import evaluate, presample
 
 _EXPORTS = {
     "contracts": "Completion Engine EngineConfig Prompt Request SamplingParams ThornbackError",
     "engine": "TorchEngine generate load_model",
     "serve": "ServeConfig",
-    "train": "RunConfig Trainer build_model evaluate load_recipe presample warm_start",
+    "train": "RunConfig RunResult Trainer build_model load_recipe",
+    "train.jobs": "evaluate presample",  # not through the room: it has modules of these names
 }
-_ROOM_OF = {name: room for room, names in _EXPORTS.items() for name in names.split()}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
-__all__ = ["__version__", *_ROOM_OF]
+__all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'thornback' has no attribute {name!r}")
-    value = getattr(import_module(f"thornback.{_ROOM_OF[name]}"), name)
+    value = getattr(import_module(f"thornback.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ROOM_OF})
+    return sorted({*globals(), *_MODULE_OF})

@@ -30,7 +30,18 @@ def cluster(address: str | None) -> Iterator[None]:
         reason = str(error).splitlines()[0].rstrip(".")
         where = address or os.environ.get("RAY_ADDRESS")
         raise ConfigError(f"run.address: no Ray cluster answers at {where} ({reason}); start one.") from error
+    _quiet_ray_data()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _quiet_ray_data() -> None:
+    """Ray Data tells every step of every dataset; that stays in its log files."""
+    from ray import data as ray_data
+
+    ray_data.DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)  # that bars are off is a warning

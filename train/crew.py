@@ -80,7 +80,8 @@ class Crew:
                 "weight store", lambda _: store_class.remote(), 1, timeout=timeout, restarts=restarts
             )
             learner = config.learner
-            self.learner = LearnerGroup(learner_spec_of(config, model), learner.num_cpus, learner.num_gpus)
+            spec = learner_spec_of(config, model)
+            self.learner = LearnerGroup(spec, learner.num_cpus, learner.num_gpus, restarts.on_event)
 
     def wait_ready(self) -> None:
         """Until workers and reward models are up."""

@@ -12,6 +12,7 @@ import ray
 
 from thornback.actors import RewardTable
 from thornback.contracts import Prompt, RolloutBatch, SamplingParams
+from thornback.data import write_rollouts
 from thornback.train.config import RunConfig
 from thornback.train.crew import Crew, Rollouts, sampling_of
 from thornback.train.objective import reward_metrics
@@ -96,7 +97,5 @@ def samples_table(prompts: Sequence[Prompt], table: RewardTable) -> pa.Table:
 
 def save_rollouts(location: str, rollouts: Rollouts, table: RewardTable) -> None:
     """Scored rollouts as one Parquet file, through the data room's writer."""
-    from thornback.data import write_rollouts
-
     batch = RolloutBatch.concat(ray.get(list(rollouts.batches)))
-    write_rollouts(location, batch.with_scores(table.rewards, table.correct))
+    write_rollouts(batch.with_scores(table.rewards, table.correct), location)

@@ -11,13 +11,13 @@ from typing import Any
 
 from thornback.actors import DataLost, Restarts, RewardTable, UpdateReport
 from thornback.contracts import Anchor
+from thornback.data import read_anchors
 from thornback.train.checkpoint import Checkpoints
 from thornback.train.config import RunConfig
 from thornback.train.crew import Crew, Rollouts, sampling_of
 from thornback.train.evaluate import Evaluator, save_rollouts
 from thornback.train.interrupt import Interrupt
 from thornback.train.objective import Objective, reward_metrics
-from thornback.train.presample import read_anchors
 from thornback.train.prompts import PromptSource
 from thornback.train.run_directory import RunDirectory
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 import ray
 from ray import ObjectRef
 from ray import data as ray_data
 
 from thornback.actors import ActorPool, AnchorSampler, Restarts, actor_options, anchors_of
-from thornback.actors.locations import exists, resolve
+from thornback.actors.locations import exists
 from thornback.algorithms import fate
 from thornback.contracts import (
     Anchor,
@@ -23,6 +22,7 @@ from thornback.contracts import (
     anchors_from_arrow,
     anchors_to_arrow,
 )
+from thornback.data import read_anchors
 from thornback.train.config import RunConfig
 from thornback.train.crew import Crew, rollout_spec_of, sampling_of
 from thornback.train.prompts import PromptBatch, TokenizedPrompt, make_prompt_batch, seed_of
@@ -156,17 +156,6 @@ def write_anchors(run: RunDirectory, name: str, anchors: Sequence[Anchor]) -> No
     (file,) = (info.path for info in infos if info.type == pafs.FileType.File)
     run.filesystem.move(file, run.path(name))
     run.filesystem.delete_dir(temporary)
-
-
-def read_anchors(location: str) -> dict[str, Anchor]:
-    """Anchors by prompt key from a Parquet file, or a directory of them; raises `DataError` if there are none."""
-    filesystem, path = resolve(location)
-    if not exists(filesystem, path):
-        raise DataError(f"There are no anchors at {location}; run `thornback presample`, or leave anchors.path out.")
-    try:
-        return anchors_from_arrow(pq.read_table(path, filesystem=filesystem))
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise DataError(f"{location} holds no anchors ({str(error).splitlines()[0]}); presample again.") from error
 
 
 def worth_training(

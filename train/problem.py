@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from thornback.contracts import Completion, ConfigError, DataError, Reward, RewardScorer, Task
-from thornback.data import RuleScorer, load_task
+from thornback.contracts import Completion, DataError, Reward, RewardScorer, Task
+from thornback.data import RuleScorer, as_reward, load_task, pick_rewards
 from thornback.train.config import RunConfig
 from thornback.train.settings import Settings
 
 
-@dataclass
-class FunctionReward:
-    """A user's function of a `Completion` as a reward. `origin`: where it comes from, for messages."""
-
-    name: str
-    function: Callable[[Completion], float | None]
-    range: tuple[float, float]
-    origin: str
-
-    def __call__(self, completion: Completion) -> float | None:
-        return self.function(completion)
-
-
 @dataclass(frozen=True)
 class Problem:
-    """A task, the rewards that count, their base weights `[K]` and ranges `[K, 2]`, and what makes a scorer of them.
+    """A task, the rewards that count, their base weights `[K]`, and what makes a scorer of them.
 
     `make_scorer` travels to the reward models: it holds names, or what the caller handed over.
     """
@@ -47,6 +32,7 @@ class Problem:
 
     @property
     def ranges(self) -> np.ndarray:
+        """`[K, 2]`: the lowest and the highest value of each reward."""
         return np.array([reward.range for reward in self.rewards], np.float64)
 
     @classmethod
@@ -54,12 +40,10 @@ class Problem:
         """Look everything up, and score one made-up answer; raises a `ThornbackError` that names what is wrong."""
         config = settings.config
         task = settings.task or load_task(config.task.name, config.task.options)
-        rewards = find_rewards(settings, task)
+        rewards = _rewards(settings, task)
         weights = np.array([config.rewards[r.name].weight if config.rewards else 1.0 for r in rewards])
-        if settings.task is None and not settings.functions:
-            make_scorer: Callable[[], RewardScorer] = partial(_scorer_of, config)
-        else:
-            make_scorer = partial(RuleScorer, task, rewards)
+        by_name = settings.task is None and not settings.functions
+        make_scorer = partial(_scorer_of, config) if by_name else partial(RuleScorer, task, rewards)
         problem = cls(task, rewards, weights / weights.sum(), make_scorer)
         problem.try_out()
         return problem
@@ -69,47 +53,26 @@ class Problem:
         prompt = next(iter(self.task.prompts("train")), None)
         if prompt is None:
             raise DataError(f"The task {self.task.name} has no training prompts.")
-        self.make_scorer().score([Completion(prompt, prompt.answer or "", 1, "stop")])
+        RuleScorer(self.task, self.rewards).score([Completion(prompt, prompt.answer or "", 1, "stop")])
 
 
-def find_rewards(settings: Settings, task: Task) -> tuple[Reward, ...]:
+def _rewards(settings: Settings, task: Task) -> tuple[Reward, ...]:
     """The configured rewards, in their order; all of the task's if none is configured."""
-    chosen = settings.config.rewards
-    of_task = {reward.name: reward for reward in task.rewards}
-    if not chosen:
+    if not settings.config.rewards:
         return tuple(task.rewards)
-    found: list[Reward] = []
-    for name, section in chosen.items():
-        function, origin = settings.functions.get(name), f"the reward {name}"
-        if function is None and section.function is not None:
-            function, origin = import_function(section.function, f"rewards.{name}.function"), section.function
-        if function is not None:
-            limits: tuple[float, float] = section.range or getattr(function, "range", None) or (0.0, 1.0)
-            found.append(FunctionReward(name, function, limits, origin))
-        elif name in of_task:
-            found.append(of_task[name])
-        else:
-            nearest = difflib.get_close_matches(name, of_task, n=1, cutoff=0.0)
-            hint = f'did you mean "{nearest[0]}"?' if nearest else "it has none of its own."
-            raise ConfigError(f'rewards: the task {task.name} has no reward "{name}"; {hint} Or give its function.')
+    found = []
+    for name, section in settings.config.rewards.items():
+        thing = settings.functions.get(name) or section.function
+        if thing is None:
+            (thing,) = pick_rewards(task.rewards, [name])
+            if section.range is None:
+                found.append(thing)
+                continue
+        found.append(as_reward(name, thing, section.range))
     return tuple(found)
 
 
-def import_function(path: str, key: str) -> Callable:
-    """The object at `package.module:name`; raises `ConfigError` naming the setting `key`."""
-    module, colon, name = path.partition(":")
-    if not colon or not name:
-        raise ConfigError(f'{key} is "{path}", but must be an import path such as package.module:name.')
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{key}: {path} cannot be imported ({error}).") from error
-    if not callable(function):
-        raise ConfigError(f"{key}: {path} is a {type(function).__name__}, but must be a function.")
-    return function
-
-
 def _scorer_of(config: RunConfig) -> RewardScorer:
-    """The scorer of a configuration, made where it is used."""
+    """The scorer of a configuration, made where it is used: a task's data need not travel."""
     task = load_task(config.task.name, config.task.options)
-    return RuleScorer(task, find_rewards(Settings(config), task))
+    return RuleScorer(task, _rewards(Settings(config), task))

@@ -12,6 +12,7 @@ RECIPE = """
 run: {name: long, dir: run, steps: 400}
 model: {build: {hidden_size: 32, num_hidden_layers: 1, intermediate_size: 64}}
 data: {prompts_per_step: 2}
+algorithm: {estimator: dvao}
 rollout: {samples_per_prompt: 2, max_tokens: 8, num_threads: 1}
 learner: {num_threads: 1}
 evaluation: {every: 0}

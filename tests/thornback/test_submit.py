@@ -41,6 +41,7 @@ RECIPE = """
 run: {name: job, steps: 2}
 model: {build: {hidden_size: 32, num_hidden_layers: 1, intermediate_size: 64}}
 data: {prompts_per_step: 2}
+algorithm: {estimator: dvao}
 rollout: {samples_per_prompt: 2, max_tokens: 8, num_threads: 1}
 learner: {num_threads: 1}
 evaluation: {every: 0}
@@ -157,5 +158,5 @@ def test_a_job_that_fails_says_so(cluster, project):
         *("--address", cluster),
     )
     assert done.returncode == 2
-    assert re.search(r"^thornback: .*mine:judge", done.stdout, re.MULTILINE), "the job's own sentence"
+    assert re.search(r"^thornback: .*reward mine.*KeyError", done.stdout, re.MULTILINE), "the job's own sentence"
     assert "ended as FAILED" in done.stderr

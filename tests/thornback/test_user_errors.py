@@ -9,6 +9,7 @@ RECIPE = """
 run: {name: wrong, steps: 2}
 model: {build: {hidden_size: 32, num_hidden_layers: 1, intermediate_size: 64}}
 data: {prompts_per_step: 2}
+algorithm: {estimator: dvao}
 rollout: {samples_per_prompt: 2, max_tokens: 8}
 evaluation: {every: 0}
 """
@@ -60,8 +61,8 @@ def test_a_malformed_row(expect_error, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("raise KeyError('answer')", ("mine:judge", "KeyError")),
-        ("return 'good'", ("mine:judge", "'good'")),
+        ("raise KeyError('answer')", ("mine", "KeyError")),
+        ("return 'good'", ("mine", "'good'")),
     ],
 )
 def test_a_reward_that_raises_or_returns_a_string(expect_error, recipe, tmp_path, body, words):

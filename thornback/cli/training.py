@@ -42,13 +42,13 @@ def train(config: RunConfig) -> None:
 
 
 def presample(config: RunConfig) -> None:
-    from thornback.train import presample
+    from thornback.train.jobs import presample
 
     presample(config)
 
 
 def evaluate(config: RunConfig) -> None:
-    from thornback.train import evaluate
+    from thornback.train.jobs import evaluate
 
     evaluate(config)
 

@@ -1,0 +1,63 @@
+"""A run that is over in seconds, and whose rewards a random model can move. Also a program: the run as a driver of
+its own, which tests may kill: `python -m tests.train.tiny_run SETTINGS.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from thornback.contracts import Completion
+from thornback.train import Trainer
+
+
+def digits(completion: Completion) -> float:
+    """Share of the answer's characters that are digits."""
+    return sum(c.isdigit() for c in completion.text) / max(len(completion.text), 1)
+
+
+def vowels(completion: Completion) -> float | None:
+    """How many vowels, to 10; says nothing of answers to problems with a 7."""
+    if "7" in completion.prompt.messages[0]["content"]:
+        return None
+    return min(10.0, sum(c in "aeiouAEIOU" for c in completion.text))
+
+
+vowels.range = (0.0, 10.0)  # type: ignore[attr-defined]
+REWARDS = {"digits": digits, "vowels": vowels}
+
+
+def settings(model: Path | str, directory: Path | str, **sections: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings of a tiny run; `sections` go over them, section by section."""
+    values: dict[str, dict[str, Any]] = {
+        "run": {"dir": str(directory), "steps": 8, "timeout_seconds": 120, "seed": 1},
+        "model": {"path": str(model)},
+        "task": {"name": "arithmetic", "options": {"max_digits": 2, "num_train": 12, "num_test": 16}},
+        "data": {"prompts_per_step": 4},
+        "rollout": {"max_tokens": 12, "samples_per_prompt": 4, "num_threads": 1},
+        "algorithm": {"estimator": "dvao"},
+        "learner": {"learning_rate": 1e-3, "num_threads": 1},
+        "evaluation": {"every": 4, "num_prompts": 16, "num_saved_samples": 4},
+        "checkpoint": {"every": 3},
+    }
+    return {name: {**values.get(name, {}), **sections.get(name, {})} for name in {**values, **sections}}
+
+
+def trainer(values: dict[str, Any]) -> Trainer:
+    return Trainer(values, reward=REWARDS)
+
+
+def comparable(directory: Path | str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what is measured by a clock."""
+    rows = [json.loads(line) for line in Path(directory, "metrics.jsonl").read_text().splitlines()]
+    clocked = ("time", "step_seconds", "tokens_per_second")
+    return [{k: v for k, v in row.items() if k not in clocked and not k.startswith("phase/")} for row in rows]
+
+
+def events(directory: Path | str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(directory, "events.jsonl").read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    trainer(json.loads(Path(sys.argv[1]).read_text())).train()
