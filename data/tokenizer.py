@@ -61,9 +61,9 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     models and drivers start seconds sooner.
     """
     config = Path(model, "tokenizer_config.json")
-    if config.is_file() and Path(model, "tokenizer.json").is_file():
-        if json.loads(config.read_text()).get("tokenizer_class") in _PLAIN_CLASSES:
-            return PreTrainedTokenizerFast.from_pretrained(model)
+    whole = config.is_file() and Path(model, "tokenizer.json").is_file()
+    if whole and json.loads(config.read_text()).get("tokenizer_class") in _PLAIN_CLASSES:
+        return PreTrainedTokenizerFast.from_pretrained(model)
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model)
