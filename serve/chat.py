@@ -46,11 +46,10 @@ async def chat(gateway: Gateway, request: ChatRequest) -> Response:
         # The call begins in the prompt, as the model has learnt to write it; the schema does the rest.
         prompt += gateway.text.encode_part(OPEN + "\n")
     engine = await gateway.description()
-    max_tokens = request.token_limit
-    await gateway.check_prompts([prompt], request.n, max_tokens or 1)
+    await gateway.check_prompts([prompt], request.n)
     sampling = sampling_params(
         request,
-        max_tokens=max_tokens or engine.max_model_len - len(prompt),
+        max_tokens=request.token_limit or engine.max_model_len - len(prompt),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         json_schema=_schema(request),
     )

@@ -24,7 +24,7 @@ async def complete(gateway: Gateway, request: CompletionRequest) -> Response:
     prompts = [await _token_ids(gateway, prompt) for prompt in request.prompts]
     # An answer of no tokens is the scoring of a prompt: one token is drawn, and dropped.
     max_tokens = 16 if request.max_tokens is None else request.max_tokens
-    await gateway.check_prompts(prompts, request.n, max_tokens)
+    await gateway.check_prompts(prompts, request.n)
     sampling = sampling_params(
         request,
         max_tokens=max(max_tokens, 1),

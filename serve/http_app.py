@@ -38,7 +38,7 @@ def build_http_app(gateway: Gateway, api_keys: tuple[str, ...]) -> FastAPI:
     _add_models(app, gateway)
     _add_operations(app, gateway)
     _add_errors(app, gateway)
-    describe_api(app, bool(api_keys))
+    describe_api(app, gateway.model_name, bool(api_keys))
     app.add_middleware(Guard, api_keys=api_keys, max_body_bytes=gateway.limits.max_body_bytes)
     return app
 

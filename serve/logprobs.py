@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from thornback.serve.detokenizer import Detokenizer
 from thornback.serve.generation import Piece
 from thornback.serve.protocol import ChatChoiceLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 from thornback.serve.text import Text
@@ -22,6 +23,7 @@ class CompletionScores:
 
     def __init__(self, text: Text) -> None:
         self._text = text
+        self._detokenizer = Detokenizer(text.decode)
         self._offset = 0
 
     def add(self, prompt: Sequence[int], piece: Piece, top: int) -> CompletionLogprobs:
@@ -36,11 +38,10 @@ class CompletionScores:
         return result
 
     def _one(self, to: CompletionLogprobs, token: int, logprob: float | None, tops: Alternatives) -> None:
-        shown = self._text.show(token)
-        to.tokens.append(shown)
+        to.tokens.append(self._text.show(token))
         to.token_logprobs.append(None if logprob is None else finite(logprob))
         to.text_offset.append(self._offset)
-        self._offset += len(shown)
+        self._offset += len(self._detokenizer.push([token]))
         if to.top_logprobs is None:
             return
         if logprob is None:
@@ -80,5 +81,4 @@ def chat_logprobs(text: Text, piece: Piece, top: int) -> ChatChoiceLogprobs:
 
 
 def _shown(text: Text, token: int, logprob: float) -> dict:
-    shown = text.show(token)
-    return {"token": shown, "logprob": finite(logprob), "bytes": list(shown.encode())}
+    return {"token": text.show(token), "logprob": finite(logprob), "bytes": list(text.bytes_of(token))}

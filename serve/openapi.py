@@ -22,6 +22,12 @@ _MEANING = {
 }
 _RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "string"}}}
 
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "A chunk as JSON; in the last event: [DONE]."}},
+    "required": ["data"],
+}
+
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's entry for each error status."""
@@ -39,19 +45,20 @@ def generation_responses(answer: type[BaseModel]) -> dict[int | str, dict[str, A
     table[200] = {
         "model": answer,
         "description": "The answer; with `stream`, a stream of chunks.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": _EVENT}},
         "headers": {VERSION_HEADER: {"description": "The version of the weights.", "schema": {"type": "string"}}},
     }
     return table
 
 
-def describe_api(app: FastAPI, with_keys: bool) -> None:
-    """Replace the application's description by a true one: no 422, and API keys where there are some."""
+def describe_api(app: FastAPI, model: str, with_keys: bool) -> None:
+    """Replace the application's description by a true one: no 422, the model's name, and keys where there are some."""
 
     def description() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version="1", description=app.description, routes=app.routes)
             _without_422(schema)
+            _with_model(schema, model)
             if with_keys:
                 _with_keys(schema)
             app.openapi_schema = schema
@@ -69,6 +76,11 @@ def _without_422(schema: dict[str, Any]) -> None:
         operation["responses"].pop("422", None)
     for name in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(name, None)
+
+
+def _with_model(schema: dict[str, Any], model: str) -> None:
+    for request in ("ChatRequest", "CompletionRequest"):
+        schema["components"]["schemas"][request]["properties"]["model"] = {"type": "string", "enum": [model]}
 
 
 def _with_keys(schema: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -36,18 +37,20 @@ class Server:
         return f"{self.url}/v1"
 
     def stop(self) -> None:
-        """End the application, and Ray Serve and Ray where `start` started them."""
+        """End the application once its requests have ended (20 s at most), and Ray Serve and Ray if `start` started
+        them."""
         import ray
         from ray import serve as ray_serve
 
         if not ray.is_initialized():
             return
-        if self.owns_serve:
+        if self.owns_ray:
+            ray_serve.delete(self.config.app_name)
+            ray.shutdown()  # Serve's actors end with their Ray
+        elif self.owns_serve:
             ray_serve.shutdown()
         else:
             ray_serve.delete(self.config.app_name)
-        if self.owns_ray:
-            ray.shutdown()
 
     def __enter__(self) -> Server:
         return self
@@ -69,6 +72,7 @@ def start(model: str | Path | ServeConfig, **settings: Any) -> Server:
     import ray
     from ray import serve as ray_serve
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     owns_ray = not ray.is_initialized()
     if owns_ray:
         _start_ray(config)

@@ -27,6 +27,8 @@ def bad_request(errors: Sequence[dict[str, Any]]) -> BadRequest:
         where = name
     if kind == "json_invalid":
         return BadRequest("The body is not valid JSON.", code=_CODES[kind])
+    if name is None and kind in ("model_attributes_type", "model_type", "dict_type", "missing"):
+        return BadRequest("The body must be a JSON object, sent as application/json.", code="invalid_json")
     if name is None:
         said = str(first["msg"]).removeprefix("Value error, ")
         return BadRequest(f"The request is not valid: {said}.", code="invalid_value")

@@ -20,25 +20,47 @@ from thornback.train.report import Change, before_and_after, read_run
 
 GAIN_WANTED = 0.20  # of sampled accuracy
 LOSS_ALLOWED = 0.02  # of greedy accuracy and of every other reward
-QUESTIONS = ("47+38=?", "86+67=?", "58+29=?")
+QUESTIONS = ("47+38=?", "265+117=?", "804+96=?")
+# A warm start from demonstrations as flawed as these stands at 30 to 55% sampled and 90% greedy: room to improve.
 # Two workers and two ranks of one thread each: so small a model's products are too short to share between threads.
 SETTINGS = {
     "model": {"build": {"hidden_size": 96, "num_hidden_layers": 4, "intermediate_size": 256}},
-    "task": {"name": "arithmetic", "options": {"num_train": 1024, "num_test": 512, "budget": 24}},
+    "task": {
+        "name": "arithmetic",
+        "options": {"min_digits": 2, "max_digits": 3, "num_train": 1024, "num_test": 512, "budget": 34},
+    },
     "data": {"prompts_per_step": 16},
-    "rollout": {"samples_per_prompt": 8, "max_tokens": 48, "num_workers": 2, "num_threads": 1},
+    "rollout": {
+        "samples_per_prompt": 8,
+        "max_tokens": 64,
+        "num_workers": 2,
+        "num_threads": 1,
+        "engine_options": {"max_model_len": 128},
+    },
     "algorithm": {"estimator": "anchored_dvao"},
-    "learner": {"learning_rate": 2e-4, "num_ranks": 2, "num_threads": 1},
-    "warm_start": {"steps": 500, "batch_size": 32, "learning_rate": 3e-3, "num_workers": 2},
+    "learner": {
+        "num_ranks": 2,
+        "num_threads": 1,
+        "learning_rate": 2e-4,
+        "schedule": "linear",
+        "final_learning_rate_share": 0.1,
+    },
+    "warm_start": {
+        "steps": 800,
+        "batch_size": 32,
+        "learning_rate": 3e-3,
+        "num_workers": 2,
+        "options": {"direct": 0.3, "wrong_column": 0.12},
+    },
     "anchors": {"num_rollouts": 8},
-    "evaluation": {"every": 50, "num_prompts": 512},
-    "checkpoint": {"every": 50},
+    "evaluation": {"every": 40, "num_prompts": 512},
+    "checkpoint": {"every": 20},
 }
 
 
 def demo_config(seed: int, directory: str) -> RunConfig:
-    """What the demo trains, from one seed: sums of two two-digit numbers, worked column by column."""
-    run = {"name": f"demo-{seed}", "dir": directory, "seed": seed, "steps": 200}
+    """What the demo trains, from one seed: sums of numbers of two and three digits, worked column by column."""
+    run = {"name": f"demo-{seed}", "dir": directory, "seed": seed, "steps": 120}
     return make_config({**SETTINGS, "run": run}, source="the demo")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from thornback.serve.protocol.common import MAX_LOGPROBS, GenerationRequest, Strict, only
+from thornback.serve.protocol.common import MAX_LOGPROBS, GenerationRequest, Int, Strict, only
 
 
 class TextPart(Strict):
@@ -23,7 +23,7 @@ class CalledTool(Strict):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None
+    index: Int | None = None
 
 
 class ChatMessage(Strict):
@@ -95,10 +95,10 @@ class ChatRequest(GenerationRequest):
     """A conversation to be continued by the assistant."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
-    max_tokens: int | None = Field(default=None, ge=1, le=1 << 31)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=1 << 31)
+    max_tokens: Int | None = Field(default=None, ge=1, le=1 << 31)
+    max_completion_tokens: Int | None = Field(default=None, ge=1, le=1 << 31)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: Int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     tools: Annotated[list[ToolDefinition], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -116,9 +116,6 @@ class ChatRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> ChatRequest:
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         wants_tools = self.tool_choice not in (None, "none", "auto")
@@ -136,4 +133,5 @@ class ChatRequest(GenerationRequest):
 
     @property
     def token_limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+        """Both names are upper bounds: both are kept. None: the model's context is the limit."""
+        return min(filter(None, (self.max_tokens, self.max_completion_tokens)), default=None)

@@ -9,8 +9,14 @@ from pydantic_core import PydanticCustomError
 
 MAX_LOGPROBS = 20  # alternatives a token, as OpenAI's chat protocol allows
 
-Int64 = Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
-TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]  # JSON knows one kind of number: 2.0 is an integer
+Int64 = Annotated[Int, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
+TokenId = Annotated[Int, Field(ge=0, le=(1 << 31) - 1)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -28,9 +34,9 @@ def only(*accepted: Any) -> Any:
 
 
 class Strict(BaseModel):
-    """A part of a request: unknown fields are refused, never ignored."""
+    """A part of a request: unknown fields are refused, never ignored, and no type is taken for another."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class StreamOptions(Strict):
@@ -42,12 +48,12 @@ class GenerationRequest(Strict):
     """The fields of both kinds of requests. Names and meanings are OpenAI's, and vLLM's for what OpenAI lacks."""
 
     model: str
-    n: int = Field(default=1, ge=1, le=256)
+    n: Int = Field(default=1, ge=1, le=256)
     temperature: float | None = Field(default=1.0, ge=0, le=2)
     top_p: float | None = Field(default=1.0, gt=0, le=1)
-    top_k: int | None = Field(default=0, ge=-1, le=1 << 31)
+    top_k: Int | None = Field(default=0, ge=-1, le=1 << 31)
     min_p: float | None = Field(default=0.0, ge=0, le=1)
-    min_tokens: int = Field(default=0, ge=0, le=1 << 31)
+    min_tokens: Int = Field(default=0, ge=0, le=1 << 31)
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
     seed: Int64 | None = None
@@ -106,7 +112,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "thornback"
-    max_model_len: int
+    max_model_len: Int
 
 
 class ModelList(BaseModel):
@@ -117,4 +123,4 @@ class ModelList(BaseModel):
 class Health(BaseModel):
     status: Literal["ok"] = "ok"
     model: str
-    weight_version: int
+    weight_version: Int

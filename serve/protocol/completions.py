@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from thornback.serve.protocol.common import MAX_LOGPROBS, GenerationRequest, TokenId, Usage, only
+from thornback.serve.protocol.common import MAX_LOGPROBS, GenerationRequest, Int, TokenId, Usage, only
 
 Prompt = Annotated[str, Field(min_length=1)]
 Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=4096)]
@@ -18,8 +18,8 @@ class CompletionRequest(GenerationRequest):
     """A prompt (text or token ids) or several, to be continued."""
 
     prompt: Prompt | Prompts | TokenIds | TokenIdPrompts
-    max_tokens: int | None = Field(default=16, ge=0, le=1 << 31)
-    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    max_tokens: Int | None = Field(default=16, ge=0, le=1 << 31)
+    logprobs: Int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     best_of: only(None, 1) = None  # type: ignore[valid-type]
     suffix: only(None, "") = None  # type: ignore[valid-type]
