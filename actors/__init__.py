@@ -8,28 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from thornback.actors.anchor_sampler import AnchorSampler, anchors_of
-    from thornback.actors.learner import LearnerSpec
     from thornback.actors.learner_group import LearnerGroup
-    from thornback.actors.optimizer import OptimizerSpec
-    from thornback.actors.policy import PolicySpec
     from thornback.actors.pool import ActorPool
     from thornback.actors.reward_model import RewardModel, RewardTable
-    from thornback.actors.rollout_worker import GenerationReport, PromptShard, RolloutSpec, RolloutWorker
+    from thornback.actors.rollout_worker import GenerationReport, PromptShard, RolloutWorker
+    from thornback.actors.specs import LearnerSpec, OptimizerSpec, PolicySpec, RolloutSpec, UpdateReport, UpdateSpec
     from thornback.actors.supervision import DataLost, Home, LearnerLost, Restarts, actor_options
-    from thornback.actors.update import UpdateReport, UpdateSpec
     from thornback.actors.weight_store import PublishedWeights, WeightStore
 
 _EXPORTS = {
     "anchor_sampler": "AnchorSampler anchors_of",
-    "learner": "LearnerSpec",
     "learner_group": "LearnerGroup",
-    "optimizer": "OptimizerSpec",
-    "policy": "PolicySpec",
     "pool": "ActorPool",
     "reward_model": "RewardModel RewardTable",
-    "rollout_worker": "GenerationReport PromptShard RolloutSpec RolloutWorker",
+    "rollout_worker": "GenerationReport PromptShard RolloutWorker",
+    "specs": "LearnerSpec OptimizerSpec PolicySpec RolloutSpec UpdateReport UpdateSpec",
     "supervision": "DataLost Home LearnerLost Restarts actor_options",
-    "update": "UpdateReport UpdateSpec",
     "weight_store": "PublishedWeights WeightStore",
 }
 _HOME_OF = {name: module for module, names in _EXPORTS.items() for name in names.split()}

@@ -10,7 +10,8 @@ import pyarrow as pa
 import ray
 
 from thornback.actors.reward_model import RewardModelCore, RewardTable
-from thornback.actors.rollout_worker import GenerationReport, PromptShard, RolloutSpec, RolloutWorkerCore
+from thornback.actors.rollout_worker import GenerationReport, PromptShard, RolloutWorkerCore
+from thornback.actors.specs import RolloutSpec
 from thornback.actors.supervision import Home
 from thornback.contracts import (
     Anchor,

@@ -12,9 +12,9 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from thornback.actors.learner import Learner, LearnerSpec
+from thornback.actors.learner import Learner
+from thornback.actors.specs import LearnerSpec, UpdateReport
 from thornback.actors.supervision import DataLost, Home, LearnerLost, actor_options, is_lost, kill, original_error
-from thornback.actors.update import UpdateReport
 
 GRACE_SECONDS = 10.0  # a rank's error may be the echo of another rank's death, which Ray reports a moment later
 

@@ -4,35 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerSpec:
-    """AdamW and its schedule; the fields are those of the learner's section of a recipe."""
-
-    learning_rate: float = 1e-6
-    schedule: str = "constant"
-    final_learning_rate_share: float = 0.0
-    warmup_steps: int = 0
-    total_steps: int = 1
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
-
-    def learning_rate_at(self, step: int) -> float:
-        """The rate of step `step`, counted from 0: a function of the step alone, so that a resumed run agrees."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        if self.schedule == "constant":
-            return self.learning_rate
-        done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
-        falling = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-        return self.learning_rate * (self.final_learning_rate_share + (1.0 - self.final_learning_rate_share) * falling)
+from thornback.actors.specs import OptimizerSpec
 
 
 class Optimizer:

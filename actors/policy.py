@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,29 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from thornback.actors.specs import PolicySpec
 from thornback.contracts import ModelError, weight_index
 from thornback.engine import flatten_parameters, load_model, sequence_logprobs
 from thornback.engine.weights import TORCH_DTYPES, parameter_index
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicySpec:
-    """What is trained, and how it is held.
-
-    `dtype` is the type of computation and of the published weights ("auto": float32 on CPU, bfloat16 on CUDA);
-    the trained weights themselves are always float32, since a learning rate of 1e-6 vanishes in bfloat16.
-    `lora`: rank, alpha and target modules of adapters, or None to train everything. `with_reference`: keep the
-    starting model too, for the KL.
-    """
-
-    model: str
-    device: str = "auto"
-    dtype: str = "auto"
-    strategy: str = "ddp"
-    lora: tuple[int, float, str | tuple[str, ...]] | None = None
-    with_reference: bool = False
-    gradient_checkpointing: bool = False
-    temperature: float = 1.0
 
 
 class _Logprobs(nn.Module):

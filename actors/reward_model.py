@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import ray
-from transformers import AutoTokenizer
 
 from thornback.actors.supervision import Home
 from thornback.contracts import FINISH_REASONS, Completion, Prompt, RewardScorer, RolloutBatch, offsets_of
+from thornback.data import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class RewardModelCore:
 
     def setup(self) -> Home:
         self.scorer = self._make_scorer()
-        self.tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_path)
+        self.tokenizer = load_tokenizer(self._tokenizer_path)
         return Home.here()
 
     def score(self, batch: RolloutBatch, prompts: tuple[Prompt, ...], with_texts: bool = False) -> RewardTable:

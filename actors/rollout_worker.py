@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import ray
 
 from thornback.actors.engines import make_engine
+from thornback.actors.specs import RolloutSpec
 from thornback.actors.supervision import Home, use_threads
 from thornback.contracts import (
     CACHED_VERSION,
     FINISH_REASONS,
-    EngineConfig,
     Request,
     RolloutBatch,
     SamplingParams,
@@ -49,16 +49,6 @@ class GenerationReport:
 
     num_tokens: int
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutSpec:
-    """What a rollout worker is made of. `num_threads` None: every core of its node."""
-
-    model: str
-    engine: str = "torch"
-    engine_config: EngineConfig = field(default_factory=EngineConfig)
-    num_threads: int | None = None
 
 
 class RolloutWorkerCore:

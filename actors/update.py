@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,36 +13,9 @@ from torch import Tensor, distributed
 from thornback.actors.microbatches import cut_microbatches
 from thornback.actors.optimizer import Optimizer
 from thornback.actors.policy import Policy
+from thornback.actors.specs import UpdateReport, UpdateSpec
 from thornback.algorithms.losses import BatchTotals, TokenBatch, policy_loss
 from thornback.contracts import CACHED_VERSION, RolloutBatch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateSpec:
-    """How a batch is used. `loss_options` are keyword arguments of `algorithms.losses.policy_loss`; `max_tokens` is
-    the longest response that is allowed, the length of the fixed aggregation."""
-
-    loss_options: Mapping[str, str | float | None] = field(default_factory=dict)
-    max_tokens: int = 1
-    epochs_per_batch: int = 1
-    updates_per_epoch: int = 1
-    tokens_per_microbatch: int = 16384
-
-    @property
-    def needs_reference(self) -> bool:
-        return bool(self.loss_options.get("kl_weight"))
-
-
-@dataclass(slots=True)
-class UpdateReport:
-    """What an update did: `metrics` with the keys of metrics.jsonl; `num_skipped` optimizer steps were left out
-    because their gradient was not finite; `num_trained` rollouts had something to teach."""
-
-    metrics: dict[str, float]
-    num_steps: int
-    num_skipped: int
-    num_trained: int
-    seconds: float = 0.0
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from thornback.contracts import Completion, Prompt
+from thornback.contracts import Completion, Prompt, Reward
 
 NUM_PROMPTS = 1024
 
@@ -43,8 +43,8 @@ class Problems:
     """The benchmark's `Task`."""
 
     name = "problems"
-    system_prompt = None
-    rewards = (TextReward("digits", digits), TextReward("variety", variety))
+    system_prompt: str | None = None
+    rewards: tuple[Reward, ...] = (TextReward("digits", digits), TextReward("variety", variety))
 
     def prompts(self, split: str) -> Iterator[Prompt]:
         for number, question in enumerate(questions()):

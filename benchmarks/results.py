@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,22 +62,29 @@ def run(name: str, measure: Callable[[bool, Callable[[str], None]], Results]) ->
 
 
 def show(results: Results) -> None:
-    columns = list(dict.fromkeys(key for row in results.rows for key in row if key != "turns"))
-    table = Table(title=results.benchmark)
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="left" if column in ("name", "model") else "right")
+    """The rows as tables, one for each kind of row, and the ratios under them. Single turns are in the JSON only."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in results.rows:
-        table.add_row(*(_cell(row.get(column, "")) for column in columns))
-    console = Console()
-    console.print(table)
+        shown = {key: value for key, value in row.items() if key != "turns"}
+        kinds.setdefault(tuple(shown), []).append(shown)
+    for columns, rows in kinds.items():
+        table = Table(title=results.benchmark)
+        for column in columns:
+            table.add_column(column.replace("_", " "), justify="left" if column in ("name", "model") else "right")
+        for row in rows:
+            table.add_row(*map(_cell, row.values()))
+        console.print(table)
     for name, value in results.ratios.items():
         console.print(f"{name}: [bold]{value:.2f}")
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
     if not isinstance(value, float):
         return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def machine() -> dict[str, Any]:

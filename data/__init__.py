@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from thornback.data.tasks import MathTask as MathTask
     from thornback.data.tasks import load_task as load_task
     from thornback.data.tokenizer import character_tokenizer as character_tokenizer
+    from thornback.data.tokenizer import load_tokenizer as load_tokenizer
     from thornback.data.tokenizer import render_prompt as render_prompt
 
 _HOMES = {
@@ -43,7 +44,7 @@ _HOMES = {
         "scoring": "RuleScorer",
         "storage": "read_anchors read_rollouts read_table write_anchors write_rollouts write_table",
         "tasks": "ArithmeticTask MathTask load_task",
-        "tokenizer": "character_tokenizer render_prompt",
+        "tokenizer": "character_tokenizer load_tokenizer render_prompt",
     }.items()
     for name in names.split()
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -13,6 +15,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", None)
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")
 # One token each, so that a tiny model has less to spell. They are text: decoding keeps them.
 WHOLE_TOKENS = (
@@ -49,3 +52,18 @@ def render_prompt(
         [*system, *messages], add_generation_prompt=True, tokenize=True, return_dict=False
     )
     return list(ids)
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or hub name.
+
+    One that is all in its tokenizer.json is read without `AutoTokenizer`, whose import brings torch along: reward
+    models and drivers start seconds sooner.
+    """
+    config = Path(model, "tokenizer_config.json")
+    whole = config.is_file() and Path(model, "tokenizer.json").is_file()
+    if whole and json.loads(config.read_text()).get("tokenizer_class") in _PLAIN_CLASSES:
+        return PreTrainedTokenizerFast.from_pretrained(model)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)

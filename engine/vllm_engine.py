@@ -143,7 +143,7 @@ class VllmEngine:
         self._llm.reset_prefix_cache()
 
     def load(self) -> EngineLoad:
-        scheduler = self._llm.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
+        scheduler = self._llm.engine_core.engine_core.scheduler
         pool = scheduler.kv_cache_manager.block_pool
         return EngineLoad(
             num_running=len(scheduler.running),

@@ -22,7 +22,7 @@ from thornback.contracts import (
     anchors_from_arrow,
     anchors_to_arrow,
 )
-from thornback.data import read_anchors
+from thornback.data import load_tokenizer, read_anchors
 from thornback.train.config import RunConfig
 from thornback.train.crew import Crew, rollout_spec_of, sampling_of
 from thornback.train.prompts import PromptBatch, TokenizedPrompt, make_prompt_batch, seed_of
@@ -185,9 +185,7 @@ def worth_training(
 
 def check_same_tokenizer(model: str, larger: str) -> None:
     """Raise `ConfigError` unless two models turn every text into the same tokens."""
-    from transformers import AutoTokenizer
-
-    ours, theirs = (AutoTokenizer.from_pretrained(m) for m in (model, larger))
+    ours, theirs = load_tokenizer(model), load_tokenizer(larger)
     probe = "The sum of 17 and 25 is 42.\n<think>déjà vu</think> 你好 " * 2
     if ours.get_vocab() != theirs.get_vocab() or ours(probe).input_ids != theirs(probe).input_ids:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,21 +13,33 @@ from thornback.train.run_directory import RunDirectory
 
 
 class TensorBoard:
-    """Writes each step's metrics below RUN/tensorboard. Away from the local disk, files arrive at `close`."""
+    """Writes each step's metrics below RUN/tensorboard. Away from the local disk, files arrive at `close`.
+
+    `start_step`: what a killed run wrote after it is hidden.
+    """
 
     def __init__(self, run: RunDirectory, start_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # torch's own writer would load torch
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+        self._event, self._summary = Event, Summary
         self._run = run
         self._directory = run.path("tensorboard") if run.is_local else tempfile.mkdtemp(prefix="tensorboard-")
-        # Points after `start_step`, which a killed run wrote before, are hidden.
-        self._writer = SummaryWriter(self._directory, purge_step=start_step + 1)
+        self._writer = EventFileWriter(self._directory)
+        if start_step:
+            hidden = SessionLog(status=SessionLog.START)
+            self._writer.add_event(Event(wall_time=time.time(), step=start_step + 1, session_log=hidden))
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         """One step's row of metrics.jsonl."""
-        for key, value in metrics.items():
-            if key not in ("step", "time", "version"):
-                self._writer.add_scalar(key, value, metrics["step"], walltime=metrics["time"])
+        values = [
+            self._summary.Value(tag=key, simple_value=value)
+            for key, value in metrics.items()
+            if key not in ("step", "time", "version")
+        ]
+        summary = self._summary(value=values)
+        self._writer.add_event(self._event(wall_time=metrics["time"], step=metrics["step"], summary=summary))
 
     def close(self) -> None:
         self._writer.close()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
-
-from transformers import AutoConfig, AutoTokenizer
+from pathlib import Path
 
 from thornback.contracts import DataError, Task
-from thornback.data.tokenizer import render_prompt
+from thornback.data import load_tokenizer, render_prompt
 from thornback.train.config import RunConfig
 from thornback.train.prompts import TokenizedPrompt
 
@@ -17,8 +17,8 @@ def tokenize_prompts(
 ) -> tuple[list[TokenizedPrompt], int]:
     """The first `count` prompts of a split (None: all) that leave room for an answer in the model's context, and the
     number of those that do not. Raises `DataError` if none is left."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    context = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
+    tokenizer = load_tokenizer(model)
+    context = context_length(model)
     room = [config.data.max_prompt_tokens, None if context is None else context - config.rollout.max_tokens]
     limit = min((n for n in room if n is not None), default=None)
     kept: list[TokenizedPrompt] = []
@@ -33,3 +33,14 @@ def tokenize_prompts(
         why = f"all {num_too_long} are longer than {limit} tokens" if num_too_long else "there are none"
         raise DataError(f"The task {task.name} has no usable prompts in {split}: {why}.")
     return kept, num_too_long
+
+
+def context_length(model: str) -> int | None:
+    """The longest context of a model, in tokens, if its configuration says."""
+    file = Path(model, "config.json")
+    if not file.is_file():
+        from transformers import AutoConfig
+
+        return getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
+    values = json.loads(file.read_text())
+    return {**values, **values.get("text_config", {})}.get("max_position_embeddings")

@@ -75,6 +75,10 @@ class Trainer:
 
 def finish(run: RunDirectory, steps: int, seconds: float) -> RunResult:
     """The run's summary.json and report."""
+    earlier = run.read_text("summary.json")
+    if earlier is not None and json.loads(earlier)["steps"] == steps:
+        print(f"{run.location}: finished already; raise run.steps to go on.", file=sys.stderr)
+        return RunResult(**json.loads(earlier))
     rows = run.evaluation.read()
     result = RunResult(
         directory=run.location,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,14 +17,24 @@ from thornback.train.problem import Problem
 from thornback.train.progress import ProgressBar
 from thornback.train.prompts import PromptSource
 from thornback.train.run_directory import RunDirectory
-from thornback.train.session import Session
+from thornback.train.session import Session, open_run
 from thornback.train.tensorboard import TensorBoard
 
 
 def run_training(config: RunConfig, problem: Problem, objective: Objective) -> tuple[RunDirectory, int]:
-    """Train, or go on; returns the run's directory and the steps that it has done."""
+    """Train, or go on; returns the run's directory and the steps that it has done. A run that has finished starts
+    nothing."""
+    run = open_run(config)
+    if is_finished(run, config.run.steps):
+        return run, config.run.steps
     with Session.open(config, problem) as session:
         return session.run, train_in(session, objective)
+
+
+def is_finished(run: RunDirectory, steps: int) -> bool:
+    """Whether an earlier process has done all steps, and what comes after them."""
+    summary = run.read_text("summary.json")
+    return summary is not None and json.loads(summary)["steps"] == steps and run.exists("model")
 
 
 def train_in(session: Session, objective: Objective) -> int:

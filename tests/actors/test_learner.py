@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.actors.batches import SAMPLING, SHARD, advantages, learner, rollouts, weights_of, worker
-from thornback.actors.optimizer import OptimizerSpec
+from thornback.actors.specs import OptimizerSpec
 from thornback.contracts import CACHED_VERSION, DataError, ModelError
 from thornback.engine import sequence_logprobs
 
@@ -122,7 +122,7 @@ def test_parameters_are_views_of_the_buffer_that_is_published(model, batch):
     core = learner(model)
     buffer, index = core.weights()
     start, end = buffer.ctypes.data, buffer.ctypes.data + buffer.nbytes
-    parameters = dict(core.policy.model.named_parameters())
+    parameters = dict(core.rank.policy.model.named_parameters())
     assert {spec.name for spec in index} == set(parameters)
     assert all(start <= p.data_ptr() < end for p in parameters.values())
     before = buffer.copy()
@@ -136,7 +136,7 @@ def test_lora_trains_adapters_and_publishes_merged_weights(model, batch):
     core = learner(model, lora=(4, 8.0, "all-linear"), kl_weight=0.01)
     base = weights_of(core)
     np.testing.assert_array_equal(base, weights_of(learner(model)))  # adapters begin as nothing
-    assert all("lora" in name for name in core.policy.trained)
+    assert all("lora" in name for name in core.rank.policy.trained)
     values = advantages(batch)
     assert abs(core.update(0, values, batch).metrics["kl"]) < 1e-8
     assert core.update(1, values, batch).metrics["kl"] > 0  # the reference is the model without adapters
@@ -174,7 +174,7 @@ def test_the_exported_model_is_the_trained_one(model, batch, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = np.concatenate([batch.prompt(0), batch.response(0)])
     with torch.no_grad():
-        ours = sequence_logprobs(core.policy.model, [ids], [1])[0]
+        ours = sequence_logprobs(core.rank.policy.model, [ids], [1])[0]
         theirs = loaded(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1].log_softmax(-1)
     theirs = theirs.gather(1, torch.from_numpy(ids[1:].astype(np.int64))[:, None])[:, 0]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)

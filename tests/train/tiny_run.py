@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from thornback.contracts import Completion
+from thornback.contracts import Completion, Prompt
 from thornback.train import Trainer
 
 
@@ -18,8 +19,8 @@ def digits(completion: Completion) -> float:
 
 
 def vowels(completion: Completion) -> float | None:
-    """How many vowels, to 10; says nothing of answers to problems with a 7."""
-    if "7" in completion.prompt.messages[0]["content"]:
+    """How many vowels, to 10; says nothing of answers with a 7."""
+    if "7" in completion.text:
         return None
     return min(10.0, sum(c in "aeiouAEIOU" for c in completion.text))
 
@@ -28,11 +29,30 @@ vowels.range = (0.0, 10.0)  # type: ignore[attr-defined]
 REWARDS = {"digits": digits, "vowels": vowels}
 
 
-def settings(model: Path | str, directory: Path | str, **sections: dict[str, Any]) -> dict[str, Any]:
+class Lucky:
+    """Problems that chance solves: an answer is right if it has the problem's letter in it."""
+
+    name = "lucky"
+    system_prompt = None
+    rewards = ()
+
+    def prompts(self, split: str) -> Iterator[Prompt]:
+        for i, letter in enumerate("abcdefgh" if split == "train" else "mnop"):
+            yield Prompt(f"{split}/{i}", ({"role": "user", "content": letter},), letter)
+
+    @classmethod
+    def answers(cls) -> dict[str, str]:
+        return {p.key: str(p.answer) for p in cls().prompts("train")}
+
+    def is_correct(self, completion: Completion) -> bool:
+        return completion.prompt.answer in completion.text
+
+
+def settings(model_path: Path | str, directory: Path | str, **sections: dict[str, Any]) -> dict[str, Any]:
     """Nested settings of a tiny run; `sections` go over them, section by section."""
     values: dict[str, dict[str, Any]] = {
         "run": {"dir": str(directory), "steps": 8, "timeout_seconds": 120, "seed": 1},
-        "model": {"path": str(model)},
+        "model": {"path": str(model_path)},
         "task": {"name": "arithmetic", "options": {"max_digits": 2, "num_train": 12, "num_test": 16}},
         "data": {"prompts_per_step": 4},
         "rollout": {"max_tokens": 12, "samples_per_prompt": 4, "num_threads": 1},
