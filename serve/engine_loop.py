@@ -39,7 +39,11 @@ class EngineLoop:
     are steps, however many requests run.
     """
 
-    def __init__(self, make_engine: Callable[[], Engine]) -> None:
+    def __init__(
+        self, make_engine: Callable[[], Engine], on_failure: Callable[[BaseException], None] | None = None
+    ) -> None:
+        """`on_failure` is called on the asyncio loop when a step has raised and every stream has been told."""
+        self._on_failure = on_failure
         self._loop = asyncio.get_running_loop()
         self._commands: deque[Command] = deque()
         self._wake = threading.Condition()
@@ -187,6 +191,8 @@ class EngineLoop:
     def _fail_all(self, error: BaseException) -> None:
         for request_id in list(self._streams):
             self._fail(request_id, EngineFailed(f"The engine raised in a step: {error!r}"))
+        if self._on_failure is not None:
+            self._on_failure(error)
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

@@ -12,6 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from thornback.contracts import EngineLoad, InvalidRequest, Output, Request
+from thornback.serve.engine_loop import EngineFailed
 from thornback.serve.errors import RETRY_AFTER, BadRequest, TimedOut, Unavailable
 from thornback.serve.replica import EngineDescription
 
@@ -62,6 +63,7 @@ class ReplicaPool:
         if isinstance(cause, TimeoutError):  # the replica's clock was the first
             raise TimedOut("The answer was not complete in time.", code="timeout") from error
         lost = isinstance(error, RayActorError | RayServeException) and not isinstance(error, BackPressureError)
+        lost = lost or isinstance(cause, EngineFailed)
         if lost and attempt + 1 < MAX_ATTEMPTS and (not started or request.sampling.n == 1):
             logger.warning("A replica was lost under request %s; trying another.", request.request_id)
             return

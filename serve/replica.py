@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ from thornback.serve.engine_loop import EngineLoop
 # apart for every other stream that runs, so that many streams together take at most a third of a core.
 GAP_PER_STREAM_S = 0.003
 CALL_TIMEOUT_S = 60.0
+logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class Replica:
 
             return TorchEngine(model, config)
 
-        self._loop = EngineLoop(make_engine)
+        self._loop = EngineLoop(make_engine, on_failure=_die)
         await self._loop.ready()
 
     async def generate(self, request: Request, streaming: bool, timeout_s: float) -> AsyncGenerator[list[Output], None]:
@@ -75,3 +78,11 @@ class Replica:
     async def _call(self, function: Any) -> Any:
         async with asyncio.timeout(CALL_TIMEOUT_S):
             return await self._loop.call(function)
+
+
+def _die(error: BaseException) -> None:
+    """End the process. A health check would take Ray Serve many seconds to replace this replica; and to lose it is
+    what the gateway knows how to mend."""
+    logger.critical("The engine raised in a step; this replica ends.", exc_info=error)
+    logging.shutdown()
+    os._exit(1)

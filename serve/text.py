@@ -43,6 +43,9 @@ class Text:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._shown: dict[int, str] = {}
+        # The first call drops a truncation or padding that was saved with the tokenizer; doing that while another
+        # thread encodes would raise.
+        self.encode("a")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with what the tokenizer puts around one (a BOS token, where it has one)."""

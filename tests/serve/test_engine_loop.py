@@ -70,10 +70,10 @@ async def collect(loop, wanted, gap_s):
     return tokens, len(items)
 
 
-def run(main, **options):
+def run(main, on_failure=None, **options):
     async def body():
         engine = CountingEngine(**options)
-        loop = EngineLoop(lambda: engine)
+        loop = EngineLoop(lambda: engine, on_failure)
         await loop.ready()
         try:
             async with asyncio.timeout(20):
@@ -125,6 +125,8 @@ def test_what_the_engine_refuses_reaches_its_request_only():
 
 
 def test_an_engine_that_raises_fails_everything_from_then_on():
+    failures = []
+
     async def main(loop, engine):
         results = await asyncio.gather(
             *(collect(loop, request(f"r{i}"), 0.0) for i in range(3)), return_exceptions=True
@@ -133,9 +135,9 @@ def test_an_engine_that_raises_fails_everything_from_then_on():
         assert "out of memory" in str(results[0])
         with pytest.raises(EngineFailed):
             await collect(loop, request("later"), 0.0)
-        assert loop.failure is not None
+        assert failures == [loop.failure]
 
-    run(main, broken_at=5)
+    run(main, on_failure=failures.append, broken_at=5)
 
 
 def test_an_engine_that_cannot_be_built():
