@@ -56,9 +56,12 @@ def app(args: dict[str, Any]) -> ray_serve.Application:
 
 
 def model_name(run_or_model: str) -> str:
-    """The name of a model that was given none: its directory's, or that of the run that made it."""
+    """The name of a model that was given none: its directory's, and for a run's model the run's."""
     path = Path(run_or_model).expanduser()
-    return (path.resolve().name if path.is_dir() else run_or_model) or "model"
+    if not path.is_dir():
+        return run_or_model
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
 
 
 def api_keys(config: ServeConfig) -> tuple[str, ...]:

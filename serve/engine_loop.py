@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from typing import Any
 
-from thornback.contracts import Engine, Output, Request
+from thornback.contracts import Engine, EngineLoad, Output, Request
 from thornback.serve.outputs import merge_outputs
 
 JOIN_TIMEOUT_S = 30.0
@@ -47,6 +47,7 @@ class EngineLoop:
         self._streams: dict[str, OutputStream] = {}
         self.failure: BaseException | None = None
         self.engine: Engine | None = None
+        self.load: EngineLoad | None = None  # as of the last step, for whoever cannot wait for the next one
         self._ready: Future[Engine] = Future()
         self._thread = threading.Thread(target=self._run, args=(make_engine,), name="engine", daemon=True)
         self._thread.start()
@@ -59,19 +60,19 @@ class EngineLoop:
     def num_streams(self) -> int:
         return len(self._streams)
 
-    async def stream(self, request: Request, gap_s: float | None) -> AsyncGenerator[list[Output], None]:
+    async def stream(self, request: Request, gap_per_stream_s: float | None) -> AsyncGenerator[list[Output], None]:
         """The outputs of a request, at most one for each of its samples in each item.
 
-        The first tokens come at once; after them, items lie `gap_s` seconds apart and hold all that was produced
-        meanwhile. None: one item, at the end. Leaving the iterator aborts the request. Raises what the engine
-        raises of the request (`InvalidRequest`), and `EngineFailed`.
+        The first tokens come at once; after them, items lie `gap_per_stream_s` seconds apart for every other stream
+        that runs, and hold all that was produced meanwhile. None: one item, at the end. Leaving the iterator aborts
+        the request. Raises what the engine raises of the request (`InvalidRequest`), and `EngineFailed`.
         """
         stream = self._streams[request.request_id] = OutputStream()
         stream.open_samples = request.sampling.n
         self._submit(lambda: self._add(request))
         try:
             while True:
-                await (stream.ended if gap_s is None else stream.arrived).wait()
+                await (stream.ended if gap_per_stream_s is None else stream.arrived).wait()
                 stream.arrived.clear()
                 if stream.error is not None:
                     raise stream.error
@@ -80,9 +81,9 @@ class EngineLoop:
                     yield merge_outputs(items)
                 if stream.ended.is_set() and not stream.pending:
                     return
+                gap_s = (gap_per_stream_s or 0.0) * (self.num_streams - 1)
                 if gap_s and not stream.ended.is_set():
-                    # Wakes early when the request ends, which is the one thing worth an item of its own.
-                    await _wait(stream.ended, gap_s)
+                    await _wait(stream.ended, gap_s)  # its end is worth an item of its own
         finally:
             self._streams.pop(request.request_id, None)
             if not stream.ended.is_set():
@@ -125,6 +126,7 @@ class EngineLoop:
             self.failure = error
             self._ready.set_exception(error)
             return
+        self.load = self.engine.load()
         self._ready.set_result(self.engine)
         try:
             while self._serve_once(self.engine):
@@ -144,6 +146,7 @@ class EngineLoop:
         for command in commands:
             command()
         outputs = engine.step()
+        self.load = engine.load()
         if outputs:
             self._loop.call_soon_threadsafe(self._deliver, outputs)
         elif engine.has_unfinished_requests():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+RETRY_AFTER = {"Retry-After": "1"}
+
 
 class ApiError(Exception):
     """An answer other than success. `type` and `code` are OpenAI's words; `param` names the offending field."""

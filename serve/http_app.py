@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from thornback.serve.chat import chat
 from thornback.serve.completions import complete
-from thornback.serve.errors import ApiError, BadRequest
+from thornback.serve.errors import RETRY_AFTER, ApiError, BadRequest, Unavailable
 from thornback.serve.gateway import Gateway
 from thornback.serve.guard import Guard
 from thornback.serve.openapi import describe_api, generation_responses, responses
@@ -75,9 +75,12 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
 def _add_operations(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/health", responses=responses(503))
     async def health() -> Health:
-        """200 once a replica can answer."""
-        engine = await gateway.description()
-        return Health(model=gateway.model_name, weight_version=engine.weight_version)
+        """200 while a replica can answer; names the oldest weights that do."""
+        await gateway.description()
+        loads = await gateway.pool.loads()
+        if not loads:
+            raise Unavailable("No replica is ready.", code="not_ready", headers=RETRY_AFTER)
+        return Health(model=gateway.model_name, weight_version=min(load.weight_version for load in loads.values()))
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -12,13 +12,12 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from thornback.contracts import EngineLoad, InvalidRequest, Output, Request
-from thornback.serve.errors import BadRequest, TimedOut, Unavailable
+from thornback.serve.errors import RETRY_AFTER, BadRequest, TimedOut, Unavailable
 from thornback.serve.replica import EngineDescription
 
 logger = logging.getLogger("ray.serve")
 MAX_ATTEMPTS = 3
 LOAD_TIMEOUT_S = 5.0
-RETRY_AFTER = {"Retry-After": "1"}
 
 
 class ReplicaPool:

@@ -11,7 +11,7 @@ from thornback.contracts import Engine, EngineConfig, EngineLoad, InFlight, Outp
 from thornback.serve.engine_loop import EngineLoop
 
 # An item of a stream costs about 1 ms of work in the processes that it passes. Items of one stream lie this far
-# apart for every stream that runs, so that all streams together take at most a third of a core.
+# apart for every other stream that runs, so that many streams together take at most a third of a core.
 GAP_PER_STREAM_S = 0.003
 CALL_TIMEOUT_S = 60.0
 
@@ -39,10 +39,9 @@ class Replica:
 
     async def generate(self, request: Request, streaming: bool, timeout_s: float) -> AsyncGenerator[list[Output], None]:
         """The outputs of a request: as they come, or all in one item at the end. Ends after `timeout_s` seconds."""
-        gap_s = GAP_PER_STREAM_S * self._loop.num_streams if streaming else None
         # The gateway keeps the time too; this is for the case that the gateway is gone.
         deadline = asyncio.get_running_loop().time() + timeout_s
-        outputs = self._loop.stream(request, gap_s)
+        outputs = self._loop.stream(request, GAP_PER_STREAM_S if streaming else None)
         try:
             while True:
                 async with asyncio.timeout_at(deadline):
@@ -59,7 +58,10 @@ class Replica:
         )
 
     async def load(self) -> EngineLoad:
-        return await self._call(lambda engine: engine.load())
+        """As of the engine's last step; answers at once, however long a step takes. Raises if the engine failed."""
+        await self.check_health()
+        assert self._loop.load is not None
+        return self._loop.load
 
     async def load_weights(self, weights: WeightView, version: int, in_flight: InFlight = "recompute") -> None:
         """Answer with other weights from the next step on; `weights` is mapped from the object store."""

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.request
@@ -67,7 +68,8 @@ def start(model: str | Path | ServeConfig, **settings: Any) -> Server:
     """
     config = model if isinstance(model, ServeConfig) else serve_config(model=str(model), **settings)
     resolve_model(config.model)
-    config = config.model_copy(update={"port": free_port(config.host, config.port)})
+    if not _joins_ray(config):
+        config = config.model_copy(update={"port": free_port(config.host, config.port)})
 
     import ray
     from ray import serve as ray_serve
@@ -78,20 +80,15 @@ def start(model: str | Path | ServeConfig, **settings: Any) -> Server:
         _start_ray(config)
     from thornback.serve.application import build_app, model_name
 
+    application = build_app(config)
     owns_serve = not _serve_runs()
-    server = Server(config, "", config.served_model_name or model_name(config.model), owns_ray, owns_serve)
+    port = _listen(config) if owns_serve else _port_of_serve(config)
+    url = f"http://{_reachable(config.host)}:{port}"
+    name = config.served_model_name or model_name(config.model)
+    server = Server(config, url, name, owns_ray, owns_serve)
     try:
-        application = build_app(config)
-        if owns_serve:
-            ray_serve.start(
-                http_options={"host": config.host, "port": config.port},
-                logging_config={"log_level": "WARNING", "enable_access_log": False},
-            )
-        ray_serve.run_many(
-            [ray_serve.RunTarget(target=application, name=config.app_name, route_prefix="/")],
-            wait_for_applications_running=False,
-        )
-        server.url = f"http://{_reachable(config.host)}:{config.port}"
+        target = ray_serve.RunTarget(target=application, name=config.app_name, route_prefix="/")
+        ray_serve.run_many([target], wait_for_applications_running=False)
         _wait_until_healthy(server)
     except BaseException:
         server.stop()
@@ -131,6 +128,12 @@ def free_port(host: str, port: int) -> int:
         ) from error
 
 
+def _joins_ray(config: ServeConfig) -> bool:
+    """Whether there is a Ray to use: in this process, or at an address. Does not import Ray to find out."""
+    ray = sys.modules.get("ray")
+    return bool(config.ray_address or os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized()))
+
+
 def _start_ray(config: ServeConfig) -> None:
     import ray
 
@@ -143,7 +146,7 @@ def _start_ray(config: ServeConfig) -> None:
 
 
 def _serve_runs() -> bool:
-    """Whether this Ray has a Serve already. Asking Serve itself would start one, with options of its own."""
+    """Whether this Ray has a Serve already."""
     import ray
 
     try:
@@ -151,6 +154,32 @@ def _serve_runs() -> bool:
     except ValueError:
         return False
     return True
+
+
+def _listen(config: ServeConfig) -> int:
+    """Start Ray Serve's proxy; returns its port."""
+    from ray import serve as ray_serve
+
+    port = free_port(config.host, config.port)
+    ray_serve.start(
+        http_options={"host": config.host, "port": port},
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    return port
+
+
+def _port_of_serve(config: ServeConfig) -> int:
+    """The port on which this Ray's Serve listens; raises `ConfigError` if another one was asked for."""
+    import ray
+
+    controller = ray.get_actor(CONTROLLER, namespace="serve")
+    port = ray.get(controller.get_http_config.remote(), timeout=30).port
+    if config.port not in (0, port):
+        raise ConfigError(
+            f"Ray Serve runs in this Ray already and listens on port {port}, not {config.port}; "
+            f"choose port={port}, or shut that Serve down."
+        )
+    return port
 
 
 def _wait_until_healthy(server: Server) -> None:
