@@ -89,12 +89,16 @@ class BlockManager:
             else:
                 self.allocator.release([block])
 
-    def remember(self, seq: Sequence) -> None:
-        """Enter the sequence's newly filled blocks into the prefix cache."""
+    def remember(self, seq: Sequence, num_tokens: int) -> None:
+        """Enter the blocks that the coming pass fills, up to `num_tokens` tokens, into the prefix cache.
+
+        The pass writes all keys and values of a layer before it reads any, so that sequences which begin alike
+        share blocks even within one pass.
+        """
         size = self.block_size
         if not (self.enable_prefix_caching and seq.cacheable):
             return
-        for i in range(seq.num_hashed_blocks, seq.num_computed_tokens // size):
+        for i in range(seq.num_hashed_blocks, num_tokens // size):
             parent = seq.prefix_node if i else seq.request.adapter
             key = (parent, tuple(seq.token_ids[i * size : (i + 1) * size]))
             known = self._cached.get(key)

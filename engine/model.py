@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from thornback.contracts import ModelError
 from thornback.engine.attention import ATTENTION_NAME
+from thornback.engine.linear import use_fast_products
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ def load_model(model: str | Path, device: str = "auto", dtype: str = "auto") -> 
     finally:
         if progress:
             transformers_logging.enable_progress_bar()
+    use_fast_products(loaded)
     return loaded.to(place).eval()
 
 

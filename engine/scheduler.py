@@ -50,7 +50,7 @@ class Scheduler:
                 if self.preempt(self.running[-1]) is seq:
                     break
             else:
-                batch.append(Scheduled(seq, num_tokens))
+                batch.append(self.scheduled(seq, num_tokens))
                 budget -= num_tokens
                 position += 1
         while self.waiting and budget > 0 and not preempted and len(self.running) < self.max_num_seqs:
@@ -64,9 +64,13 @@ class Scheduler:
                 self.drop_blocks(seq)
                 break
             self.running.append(self.waiting.popleft())
-            batch.append(Scheduled(seq, num_tokens))
+            batch.append(self.scheduled(seq, num_tokens))
             budget -= num_tokens
         return batch
+
+    def scheduled(self, seq: Sequence, num_tokens: int) -> Scheduled:
+        self.blocks.remember(seq, seq.num_computed_tokens + num_tokens)
+        return Scheduled(seq, num_tokens)
 
     def preempt(self, seq: Sequence) -> Sequence:
         """Take a running sequence's blocks away and let it wait at the head of the queue."""

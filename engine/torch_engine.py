@@ -161,7 +161,6 @@ class TorchEngine:
             self._keep_prompt_scores(item, logits, row)
             draws = item.draws
             item.seq.num_computed_tokens += item.num_tokens
-            self.blocks.remember(item.seq)
             if draws:
                 wide = item.seq.prompt_logprobs is not None and len(item.seq.token_ids) == item.seq.num_prompt_tokens
                 ready = [item.seq, *self._fork(item.seq)]

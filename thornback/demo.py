@@ -130,19 +130,26 @@ def ask(base_url: str, questions: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def table_of(changes: Sequence[Change]) -> Table:
-    """The before/after table, for a terminal."""
-    table = Table(title="On held-out problems", title_justify="left", title_style="bold")
-    for heading in ("", "how", "before", "after", "change"):
-        table.add_column(heading, justify="right" if heading in ("before", "after", "change") else "left")
-    for change in changes:
-        unit = 100.0 if change.is_share else 1.0
-        good = change.is_share and change.difference > 0
-        table.add_row(
-            *(change.name, change.mode, f"{change.before * unit:.1f}", f"{change.after * unit:.1f}"),
-            f"{change.difference * unit:+.1f}",
-            style="green" if good and change.name == "accuracy" else None,
-        )
+    """The before/after table, for a terminal: a row for each figure, sampled and greedy side by side."""
+    modes = list(dict.fromkeys(change.mode for change in changes))
+    table = Table(title="On held-out problems", title_justify="left", title_style="bold", show_edge=False)
+    table.add_column("")
+    for mode in modes:
+        for heading in (f"{mode}\nbefore", "\nafter", "\nchange"):
+            table.add_column(heading, justify="right")
+    by_name = {(change.name, change.mode): change for change in changes}
+    for name in dict.fromkeys(change.name for change in changes):
+        cells = [cell for mode in modes for cell in _cells(by_name.get((name, mode)))]
+        table.add_row(name, *cells, style="bold" if name == "accuracy" else None)
     return table
+
+
+def _cells(change: Change | None) -> tuple[str, str, str]:
+    """Before, after, change; shares as percentages."""
+    if change is None:
+        return "", "", ""
+    unit = 100.0 if change.is_share else 1.0
+    return f"{change.before * unit:.1f}", f"{change.after * unit:.1f}", f"{change.difference * unit:+.1f}"
 
 
 def check_improved(changes: Sequence[Change]) -> None:

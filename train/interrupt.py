@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def ctrl_c_interrupts() -> Iterator[None]:
+    """Around Ray Train, which takes SIGINT for itself, exits on it, and never gives it back: Ctrl-C is a
+    KeyboardInterrupt here as anywhere, and the handler afterwards is the one from before."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stopped:
+        raise KeyboardInterrupt from stopped
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 class Interrupt:

@@ -16,6 +16,7 @@ import numpy as np
 
 from thornback.contracts import ConfigError, DataError
 from thornback.train.config import RunConfig
+from thornback.train.interrupt import ctrl_c_interrupts
 from thornback.train.sections import WarmStartSection
 
 
@@ -106,7 +107,7 @@ def supervise(
     }
     resources = {"GPU": 1} if use_gpu else {"CPU": 1}
     try:
-        TorchTrainer(
+        trainer = TorchTrainer(
             _train,
             train_loop_config=job,
             scaling_config=ray_train.ScalingConfig(
@@ -118,7 +119,9 @@ def supervise(
                 failure_config=ray_train.FailureConfig(max_failures=3),
                 worker_runtime_env={"env_vars": dict(THREAD_ENVIRONMENT)},
             ),
-        ).fit()
+        )
+        with ctrl_c_interrupts():
+            trainer.fit()
         return json.loads(Path(job["metrics_path"]).read_text().splitlines()[-1])
     finally:
         shutil.rmtree(storage, ignore_errors=True)

@@ -50,3 +50,26 @@ def test_ctrl_c_saves_and_leaves_and_the_same_command_goes_on(tmp_path, cli_envi
     )  # fmt: skip
     assert again.returncode == 0, again.stdout + again.stderr
     assert steps_in(tmp_path) == list(range(1, done + 3))
+
+
+@pytest.mark.full
+def test_ctrl_c_in_a_warm_start_leaves_as_everywhere(tmp_path, cli_environment):
+    (tmp_path / "recipe.yaml").write_text(RECIPE + "warm_start: {steps: 100000, batch_size: 4}\n")
+    running = subprocess.Popen(
+        [sys.executable, "-m", "thornback", "train", "recipe.yaml"],
+        cwd=tmp_path,
+        env=cli_environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 180
+    while (
+        not list((tmp_path / "run").glob(".warm*metrics*")) and running.poll() is None and time.monotonic() < deadline
+    ):
+        time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130, out + err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "warm").exists(), "half a warm start is none"
