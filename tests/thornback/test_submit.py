@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -95,12 +94,12 @@ def cluster(tmp_path_factory):
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def wait_for(address, head, log, seconds=90):
+def wait_for(address, head, log, seconds=120):
     """Until the cluster takes jobs."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and head.poll() is None:
-        with suppress(OSError):
-            urllib.request.urlopen(f"{address}/api/jobs/", timeout=5).close()
+        with suppress(ConfigError):
+            submit.connect(address)
             return
         time.sleep(0.5)
     raise AssertionError(f"the cluster did not start in {seconds} s:\n{log.read_text()}")
