@@ -57,11 +57,17 @@ def runtime_environment(working_dir: Path) -> dict[str, Any]:
 
 def connect(address: str) -> Any:
     """A job client; raises ConfigError where no cluster answers."""
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # it reports every .gitignore that it packs by
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"The Ray cluster at {address} wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "~/.ray/auth_token to the cluster's."
+        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"No Ray cluster answers at {address} ({reason}); give its dashboard's address.") from error
