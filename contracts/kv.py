@@ -28,7 +28,7 @@ class KVExport:
     """Blocks that one engine offers: the keys and values of a request's first `num_tokens` tokens.
 
     `location` names the pool for a transport (a shared-memory file's path, or "" for this process).
-    `block_shape` is `(num_layers, 2, block_size, kv_heads, head_dim)`; both pools must agree on it.
+    `block_shape` is `(num_layers, 2, kv_heads, block_size, head_dim)`; both pools must agree on it.
     """
 
     request_id: str

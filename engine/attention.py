@@ -68,9 +68,10 @@ class PagedGroup:
     """Sequences of like size, padded to one shape: B sequences of at most Q new tokens over N blocks each.
 
     `rows` `[B * Q]`: each query's place in the packed tokens (padding repeats row 0); `back`: where in `[B * Q]`
-    the packed tokens `tokens` stand (None: the group is exactly the tokens `rows`, in order). `tables` `[B * N]`:
-    block numbers. `positions` `[B, Q]`: each query's position; `tree`: bool `[B, Q, N * block_size]`, which keys
-    a query may see, instead of all up to its position.
+    the packed tokens `tokens` stand (None: the group is exactly the tokens `rows`, in order). `blocks`
+    `[B * kv_heads * N]`: where the keys of layer 0 lie, counted in rows of `block_size * D`. `positions` `[B, Q]`:
+    each query's position; `tree`: bool `[B, Q, N * block_size]`, which keys a query may see, instead of all up to
+    its position.
     """
 
     num_sequences: int
@@ -78,13 +79,13 @@ class PagedGroup:
     rows: Tensor
     tokens: Tensor | None
     back: Tensor | None
-    tables: Tensor
+    blocks: Tensor
     positions: Tensor
     tree: Tensor | None = None
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, num_keys: int, window: int | None, dtype: torch.dtype, group: int) -> Tensor:
-        """Additive, `[B, 1, group * Q, num_keys]`."""
+        """Additive, `[B, 1, rows, num_keys]`, where rows is group * Q, or 1 for one query a sequence."""
         if window not in self.masks:
             keys = torch.arange(num_keys, device=self.positions.device)
             distance = self.positions[:, :, None] - keys
@@ -95,11 +96,27 @@ class PagedGroup:
             self.masks[window] = bias[:, None].repeat(1, 1, group, 1) if self.num_queries > 1 else bias[:, None]
         return self.masks[window]
 
+    def attention(self, q: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None) -> Tensor:
+        """`q` `[B * Q, heads, D]`, `keys` and `values` `[B * kv_heads, S, D]`; returns `[B * Q, heads, D]`."""
+        b, n, (_, heads, d) = self.num_sequences, self.num_queries, q.shape
+        kv_heads, num_keys = keys.shape[0] // b, keys.shape[1]
+        queries = _grouped_query(q.view(b, n, heads, d), kv_heads)
+        mask = self.mask(num_keys, window, q.dtype, heads // kv_heads)
+        if n == 1:  # products of a few rows: a batched one beats the fused kernel, which is made for long queries
+            bias = mask.expand(b, kv_heads, 1, num_keys).reshape(b * kv_heads, 1, num_keys)
+            queries = queries.view(b * kv_heads, -1, d)
+            scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scaling or d**-0.5)
+            out = torch.bmm(scores.softmax(-1), values).view(b, kv_heads, -1, d)
+        else:
+            keys, values = (x.view(b, kv_heads, num_keys, d) for x in (keys, values))
+            out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+        return _ungrouped(out, n).flatten(0, 1)
+
 
 @dataclass(slots=True)
 class PagedBatch:
-    """One pass of generation. `pool` is `[num_blocks, layers, 2, block_size, kv_heads, D]`; `slots` int64 `[T]` is
-    where each token's key of layer 0 goes, counted in rows of `kv_heads * D`."""
+    """One pass of generation. `pool` is `[num_blocks, layers, 2, kv_heads, block_size, D]`; `slots` int64
+    `[T * kv_heads]` is where each token's keys of layer 0 go, head by head, counted in rows of `D`."""
 
     pool: Tensor
     slots: Tensor
@@ -107,27 +124,22 @@ class PagedBatch:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
         """Write the new keys and values, then read every sequence's own: `[T, heads, D]` of all tokens."""
-        _, num_layers, _, block_size, kv_heads, d = self.pool.shape
-        rows = self.pool.view(-1, kv_heads * d)
-        slots = self.slots + layer * 2 * block_size
-        rows.index_copy_(0, slots, k.reshape(-1, kv_heads * d))
-        rows.index_copy_(0, slots + block_size, v.reshape(-1, kv_heads * d))
-        blocks = self.pool.view(-1, block_size * kv_heads * d)
+        _, _, _, kv_heads, block_size, d = self.pool.shape
+        rows = self.pool.view(-1, d)
+        slots = self.slots + layer * 2 * kv_heads * block_size
+        rows.index_copy_(0, slots, k.reshape(-1, d))
+        rows.index_copy_(0, slots + kv_heads * block_size, v.reshape(-1, d))
+        blocks = self.pool.view(-1, block_size * d)
         whole = len(self.groups) == 1 and self.groups[0].back is None
         out = q if whole else torch.empty_like(q)
         for group in self.groups:
-            b, n = group.num_sequences, group.num_queries
-            index = group.tables * (num_layers * 2) + layer * 2
+            index = group.blocks + layer * 2 * kv_heads
             keys, values = (
-                blocks.index_select(0, i).view(b, -1, kv_heads, d).transpose(1, 2) for i in (index, index + 1)
+                blocks.index_select(0, i).view(group.num_sequences * kv_heads, -1, d) for i in (index, index + kv_heads)
             )
-            queries = _grouped_query((q if whole else q.index_select(0, group.rows)).view(b, n, -1, d), kv_heads)
-            mask = group.mask(keys.shape[2], window, q.dtype, q.shape[1] // kv_heads)
-            mixed = _ungrouped(
-                scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling), n
-            ).flatten(0, 1)
             if whole:
-                return mixed
+                return group.attention(q, keys, values, scaling, window)
+            mixed = group.attention(q.index_select(0, group.rows), keys, values, scaling, window)
             if group.back is None:
                 out.index_copy_(0, group.rows, mixed)
             else:
@@ -136,17 +148,21 @@ class PagedBatch:
 
 
 def paged_groups(
-    lengths: Sequence[int], contexts: Sequence[int], tables: Sequence[list[int]], block_size: int, device: torch.device
+    lengths: Sequence[int],
+    contexts: Sequence[int],
+    tables: Sequence[list[int]],
+    block_shape: tuple[int, ...],
+    device: torch.device,
 ) -> list[PagedGroup]:
     """Group the sequences of a pass. Sequence i brings `lengths[i]` new tokens, packed in this order, after
-    `contexts[i]` earlier ones, over the blocks `tables[i]`."""
+    `contexts[i]` earlier ones, over the blocks `tables[i]`; `block_shape` as the pool's."""
     starts = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=starts[1:])
     classes: dict[tuple[int, int], list[int]] = {}
     for i, (length, context) in enumerate(zip(lengths, contexts, strict=True)):
         key = (0 if length == 1 else _size_class(length), _size_class(length + context))
         classes.setdefault(key, []).append(i)
-    return [_group(members, starts, lengths, contexts, tables, block_size, device) for members in classes.values()]
+    return [_group(members, starts, lengths, contexts, tables, block_shape, device) for members in classes.values()]
 
 
 def _group(
@@ -155,9 +171,10 @@ def _group(
     lengths: Sequence[int],
     contexts: Sequence[int],
     tables: Sequence[list[int]],
-    block_size: int,
+    block_shape: tuple[int, ...],
     device: torch.device,
 ) -> PagedGroup:
+    layers, _, kv_heads, block_size, _ = block_shape
     num = len(members)
     queries = max(lengths[i] for i in members)
     blocks = max(-(-(lengths[i] + contexts[i]) // block_size) for i in members)
@@ -183,7 +200,7 @@ def _group(
         rows=tensor(flat_rows),
         tokens=tensor(flat_rows[real]) if padded else None,
         back=tensor(real) if padded else None,
-        tables=tensor(table.ravel()),
+        blocks=tensor((table[:, None] * (layers * 2 * kv_heads) + np.arange(kv_heads)[:, None]).ravel()),
         positions=tensor(positions),
     )
 

@@ -13,7 +13,10 @@ from thornback.engine.weights import dtype_name
 
 
 class KVPool:
-    """`tensor` is `[num_blocks, layers, 2, block_size, kv_heads, head_dim]`; index 0 of the third holds keys.
+    """`tensor` is `[num_blocks, layers, 2, kv_heads, block_size, head_dim]`; index 0 of the third holds keys.
+
+    Within a block each head's tokens lie together, so that gathering a sequence's blocks gives what attention
+    multiplies, without another copy.
 
     With a `location` (a path, best under /dev/shm) the pool lies in that file, and other processes of the node
     can map it.

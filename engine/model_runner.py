@@ -27,6 +27,8 @@ class ModelRunner:
         self.pool = pool
         self.adapters = adapters
         self.device = next(model.parameters()).device
+        kv_heads, block_size = pool.block_shape[2:4]
+        self._heads = torch.arange(kv_heads, device=self.device) * block_size
 
     @torch.inference_mode()
     def forward(self, batch: list[Scheduled]) -> tuple[Tensor, list[int]]:
@@ -57,20 +59,20 @@ class ModelRunner:
                 rows.append(len(tokens) - 1)
         if self.adapters.names:
             self.adapters.place([i.seq.request.adapter for i in batch], lengths, self.device)
-        groups = paged_groups(lengths, contexts, tables, self.pool.block_shape[2], self.device)
+        groups = paged_groups(lengths, contexts, tables, self.pool.block_shape, self.device)
         logits = self.model(
             input_ids=self._tensor(tokens)[None],
             position_ids=self._tensor(positions)[None],
             use_cache=False,
             logits_to_keep=self._tensor(rows),
-            batch=PagedBatch(self.pool.tensor, self._tensor(slots), groups),
+            batch=PagedBatch(self.pool.tensor, (self._tensor(slots)[:, None] + self._heads).view(-1), groups),
         ).logits[0]
         return logits, first_row
 
     def _slots(self, table: list[int], start: int, count: int) -> list[int]:
-        """Rows of `kv_heads * head_dim` numbers at which the keys of layer 0 of these positions go."""
-        layers, _, size = self.pool.block_shape[:3]
-        stride = layers * 2 * size
+        """Where the keys of layer 0 and head 0 of these positions go, in rows of `head_dim` numbers."""
+        layers, _, kv_heads, size, _ = self.pool.block_shape
+        stride = layers * 2 * kv_heads * size
         if count == 1:
             return [table[start // size] * stride + start % size]
         return [table[p // size] * stride + p % size for p in range(start, start + count)]

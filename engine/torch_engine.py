@@ -48,7 +48,7 @@ class TorchEngine:
         self.shape = ModelShape.of(self.model)
         weight = next(self.model.parameters())
         self.max_model_len = min(config.max_model_len or self.shape.max_positions, self.shape.max_positions)
-        block_shape = (self.shape.num_layers, 2, config.block_size, self.shape.kv_heads, self.shape.head_dim)
+        block_shape = (self.shape.num_layers, 2, self.shape.kv_heads, config.block_size, self.shape.head_dim)
         num_blocks = self._num_blocks(block_shape, weight.element_size())
         self.max_model_len = min(self.max_model_len, num_blocks * config.block_size)
         self.pool = KVPool(num_blocks, block_shape, weight.dtype, weight.device, config.kv_location)
