@@ -34,14 +34,14 @@ class LearnerLost(DataLost):
 
 def actor_options(num_cpus: float = 0.0, num_gpus: float = 0.0) -> dict[str, Any]:
     """Options of every actor of ours. Ray never restarts them: supervision does, and says so."""
-    from thornback.engine import THREAD_ENVIRONMENT  # with torch, which not every actor needs
+    from thornback.engine import ACTOR_ENVIRONMENT  # with torch, which not every actor needs
 
     return {
         "num_cpus": num_cpus,
         "num_gpus": num_gpus,
         "max_restarts": 0,
         "max_task_retries": 0,
-        "runtime_env": {"env_vars": {**THREAD_ENVIRONMENT, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}},
+        "runtime_env": {"env_vars": {**ACTOR_ENVIRONMENT, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}},
     }
 
 

@@ -17,7 +17,7 @@ from benchmarks.models import benchmark_model, cores
 from benchmarks.peers import vllm_generate
 from benchmarks.results import Results, run
 from benchmarks.workload import Workload
-from thornback.engine import THREAD_ENVIRONMENT
+from thornback.engine import ACTOR_ENVIRONMENT
 
 SIZE = "3.7M"
 OURS, HF = "thornback", "transformers generate"
@@ -28,7 +28,7 @@ def peers(model: str, work: Workload, threads: int, quick: bool) -> list[Peer]:
     threaded = {**settings, "threads": threads}
     plain = {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": None, "OMP_NUM_THREADS": str(threads)}
     return [
-        Peer(OURS, "benchmarks.peers.thornback_engine:rollout", threaded, THREAD_ENVIRONMENT),
+        Peer(OURS, "benchmarks.peers.thornback_engine:rollout", threaded, ACTOR_ENVIRONMENT),
         Peer(HF, "benchmarks.peers.hf_generate:rollout", threaded, plain),
         *(
             Peer(

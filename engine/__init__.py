@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from thornback.engine.generate import Collector, Sample, generate
 
 if TYPE_CHECKING:
+    from thornback.engine.environment import ACTOR_ENVIRONMENT
     from thornback.engine.kv_pool import KVPool, read_export
     from thornback.engine.model import ModelShape, check_model_directory, load_model
     from thornback.engine.packing import sequence_logprobs
-    from thornback.engine.threads import THREAD_ENVIRONMENT
     from thornback.engine.torch_engine import TorchEngine
     from thornback.engine.weights import bind_weights, copy_parameters, flatten_parameters, tensor_to_numpy
 
@@ -21,14 +21,14 @@ _EXPORTS = {
     "kv_pool": "KVPool read_export",
     "model": "ModelShape check_model_directory load_model",
     "packing": "sequence_logprobs",
-    "threads": "THREAD_ENVIRONMENT",
+    "environment": "ACTOR_ENVIRONMENT",
     "torch_engine": "TorchEngine",
     "weights": "bind_weights copy_parameters flatten_parameters tensor_to_numpy",
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
 __all__ = [
-    "THREAD_ENVIRONMENT",
+    "ACTOR_ENVIRONMENT",
     "Collector",
     "KVPool",
     "ModelShape",

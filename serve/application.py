@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import serve as ray_serve
 
-from thornback.engine import THREAD_ENVIRONMENT
+from thornback.engine import ACTOR_ENVIRONMENT
 from thornback.serve.config import ServeConfig, serve_config
 from thornback.serve.deployments import GatewayDeployment
 from thornback.serve.model_source import resolve_model
@@ -23,7 +23,7 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
     """The application of a configuration, for `ray.serve.run`. Raises `ModelError` where the model is none."""
     model = resolve_model(config.model)
     config = config.model_copy(update={"served_model_name": config.served_model_name or model_name(config.model)})
-    environment = {**THREAD_ENVIRONMENT}
+    environment = {**ACTOR_ENVIRONMENT}
     if config.threads_per_replica:
         environment["OMP_NUM_THREADS"] = str(config.threads_per_replica)
     replicas = ray_serve.deployment(Replica).options(

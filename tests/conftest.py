@@ -37,14 +37,14 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory):
     """A local Ray cluster of this module's own."""
     import ray
 
-    from thornback.engine import THREAD_ENVIRONMENT
+    from thornback.engine import ACTOR_ENVIRONMENT
 
     ray.init(
         num_cpus=4,
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=300 << 20,
-        runtime_env={"env_vars": {**THREAD_ENVIRONMENT, "PYTHONPATH": os.getcwd()}},
+        runtime_env={"env_vars": {**ACTOR_ENVIRONMENT, "PYTHONPATH": os.getcwd()}},
     )
     yield ray
     ray.shutdown()

@@ -88,7 +88,7 @@ def supervise(
     from ray import train as ray_train
     from ray.train.torch import TorchTrainer
 
-    from thornback.engine import THREAD_ENVIRONMENT
+    from thornback.engine import ACTOR_ENVIRONMENT
 
     if not examples:
         raise DataError("The warm start has no demonstrations; give warm_start.num_demonstrations at least 1.")
@@ -117,7 +117,7 @@ def supervise(
                 name="warm-start",
                 storage_path=storage,
                 failure_config=ray_train.FailureConfig(max_failures=3),
-                worker_runtime_env={"env_vars": dict(THREAD_ENVIRONMENT)},
+                worker_runtime_env={"env_vars": dict(ACTOR_ENVIRONMENT)},
             ),
         )
         with ctrl_c_interrupts():
