@@ -1,8 +1,8 @@
 """The one attention function under every model: transformers calls it through its attention interface.
 
-A pass carries tokens packed end to end, `[1, T]`, without padding; only inside attention are they spread over
-padded groups. `PagedBatch` reads and writes the paged KV pool (generation); `PackedBatch` is plain causal
-attention within each sequence, with gradients (training).
+A pass carries tokens packed end to end, `[1, T]`, without padding; only inside attention are several tokens of a
+sequence spread over padded groups. `PagedBatch` reads and writes the paged KV pool (generation); `PackedBatch` is plain
+causal attention within each sequence, with gradients (training).
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from thornback.contracts import ModelError
+from thornback.engine import kernels
 
 ATTENTION_NAME = "thornback"
+_FEW = 256  # new tokens of a sequence below which gathering its keys costs more than torch's faster kernel wins
 
 
 def attention(
@@ -85,7 +87,7 @@ class PagedGroup:
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, num_keys: int, window: int | None, dtype: torch.dtype, group: int) -> Tensor:
-        """Additive, `[B, 1, rows, num_keys]`, where rows is group * Q, or 1 for one query a sequence."""
+        """Additive, `[B, 1, group * Q, num_keys]`."""
         if window not in self.masks:
             keys = torch.arange(num_keys, device=self.positions.device)
             distance = self.positions[:, :, None] - keys
@@ -93,7 +95,7 @@ class PagedGroup:
             if window is not None:
                 seen = seen & (distance < window)
             bias = torch.zeros(seen.shape, dtype=dtype, device=keys.device).masked_fill_(~seen, -torch.inf)
-            self.masks[window] = bias[:, None].repeat(1, 1, group, 1) if self.num_queries > 1 else bias[:, None]
+            self.masks[window] = bias[:, None].repeat(1, 1, group, 1)
         return self.masks[window]
 
     def attention(self, q: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None) -> Tensor:
@@ -102,36 +104,69 @@ class PagedGroup:
         kv_heads, num_keys = keys.shape[0] // b, keys.shape[1]
         queries = _grouped_query(q.view(b, n, heads, d), kv_heads)
         mask = self.mask(num_keys, window, q.dtype, heads // kv_heads)
-        if n == 1:  # products of a few rows: a batched one beats the fused kernel, which is made for long queries
-            bias = mask.expand(b, kv_heads, 1, num_keys).reshape(b * kv_heads, 1, num_keys)
-            queries = queries.view(b * kv_heads, -1, d)
-            scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scaling or d**-0.5)
-            out = torch.bmm(scores.softmax(-1), values).view(b, kv_heads, -1, d)
-        else:
-            keys, values = (x.view(b, kv_heads, num_keys, d) for x in (keys, values))
-            out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+        keys, values = (x.view(b, kv_heads, num_keys, d) for x in (keys, values))
+        out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
         return _ungrouped(out, n).flatten(0, 1)
+
+
+@dataclass(slots=True)
+class PagedTokens:
+    """Tokens whose attention reads the pool as it lies; all int64. `tokens` `[n]`: their places among the packed ones;
+    `lengths` `[n]`: how many keys each sees; `owners` `[n]`: the row of `tables` `[B, N]` that holds its blocks."""
+
+    tokens: Tensor
+    owners: Tensor
+    lengths: Tensor
+    tables: Tensor
 
 
 @dataclass(slots=True)
 class PagedBatch:
     """One pass of generation. `pool` is `[num_blocks, layers, 2, kv_heads, block_size, D]`; `slots` int64
-    `[T * kv_heads]` is where each token's keys of layer 0 go, head by head, counted in rows of `D`."""
+    `[T * kv_heads]` is where each token's keys of layer 0 go, head by head, counted in rows of `D`. Sequences with few
+    new tokens are `direct`, where our kernels work; others are gathered in `groups`."""
 
     pool: Tensor
     slots: Tensor
     groups: list[PagedGroup]
+    direct: PagedTokens | None
+
+    @classmethod
+    def of(
+        cls,
+        pool: Tensor,
+        slots: Tensor,
+        lengths: Sequence[int],
+        contexts: Sequence[int],
+        tables: Sequence[list[int]],
+    ) -> PagedBatch:
+        """Sequence i brings `lengths[i]` new tokens, packed in this order, after `contexts[i]` earlier ones, over the
+        blocks `tables[i]`."""
+        starts = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=starts[1:])
+        direct: list[int] = []
+        classes: dict[tuple[int, int], list[int]] = {}
+        for i, (length, context) in enumerate(zip(lengths, contexts, strict=True)):
+            if length < _FEW and kernels.usable(pool):
+                direct.append(i)
+            else:
+                key = (0 if length == 1 else _size_class(length), _size_class(length + context))
+                classes.setdefault(key, []).append(i)
+        groups = [_group(members, starts, lengths, contexts, tables, pool) for members in classes.values()]
+        return cls(pool, slots, groups, _direct(direct, starts, lengths, contexts, tables, pool) if direct else None)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
         """Write the new keys and values, then read every sequence's own: `[T, heads, D]` of all tokens."""
+        self._write(layer, k.contiguous(), v.contiguous())
         _, _, _, kv_heads, block_size, d = self.pool.shape
-        rows = self.pool.view(-1, d)
-        slots = self.slots + layer * 2 * kv_heads * block_size
-        rows.index_copy_(0, slots, k.reshape(-1, d))
-        rows.index_copy_(0, slots + kv_heads * block_size, v.reshape(-1, d))
         blocks = self.pool.view(-1, block_size * d)
-        whole = len(self.groups) == 1 and self.groups[0].back is None
-        out = q if whole else torch.empty_like(q)
+        whole = self.direct is None and len(self.groups) == 1 and self.groups[0].back is None
+        out = q if whole else torch.empty_like(q, memory_format=torch.contiguous_format)
+        if self.direct is not None:
+            x, q = self.direct, q.contiguous()
+            kernels.paged_attention(
+                q, self.pool, layer, x.tokens, x.owners, x.lengths, x.tables, window, scaling or d**-0.5, out
+            )
         for group in self.groups:
             index = group.blocks + layer * 2 * kv_heads
             keys, values = (
@@ -146,23 +181,37 @@ class PagedBatch:
                 out.index_copy_(0, group.tokens, mixed.index_select(0, group.back))
         return out
 
+    def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        if kernels.usable(self.pool):
+            return kernels.store(k, v, self.pool, self.slots, layer)
+        _, _, _, kv_heads, block_size, d = self.pool.shape
+        rows, slots = self.pool.view(-1, d), self.slots + layer * 2 * kv_heads * block_size
+        rows.index_copy_(0, slots, k.view(-1, d))
+        rows.index_copy_(0, slots + kv_heads * block_size, v.view(-1, d))
 
-def paged_groups(
+
+def _direct(
+    members: list[int],
+    starts: np.ndarray,
     lengths: Sequence[int],
     contexts: Sequence[int],
     tables: Sequence[list[int]],
-    block_shape: tuple[int, ...],
-    device: torch.device,
-) -> list[PagedGroup]:
-    """Group the sequences of a pass. Sequence i brings `lengths[i]` new tokens, packed in this order, after
-    `contexts[i]` earlier ones, over the blocks `tables[i]`; `block_shape` as the pool's."""
-    starts = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=starts[1:])
-    classes: dict[tuple[int, int], list[int]] = {}
-    for i, (length, context) in enumerate(zip(lengths, contexts, strict=True)):
-        key = (0 if length == 1 else _size_class(length), _size_class(length + context))
-        classes.setdefault(key, []).append(i)
-    return [_group(members, starts, lengths, contexts, tables, block_shape, device) for members in classes.values()]
+    pool: Tensor,
+) -> PagedTokens:
+    counts, before = np.asarray(lengths)[members], np.asarray(contexts)[members]
+    owners = np.repeat(np.arange(len(members)), counts)
+    nth = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)  # of a sequence's new tokens
+    table = _table([tables[i] for i in members], -(-int((counts + before).max()) // pool.shape[4]))
+    arrays = (starts[members][owners] + nth, owners, before[owners] + nth + 1, table)
+    return PagedTokens(*map(torch.from_numpy, arrays))
+
+
+def _table(tables: Sequence[list[int]], width: int) -> np.ndarray:
+    """int64 `[B, width]`: the first blocks of each sequence, and zeros after them."""
+    out = np.zeros((len(tables), width), np.int64)
+    for row, table in zip(out, tables, strict=True):
+        row[: len(table)] = table[:width]
+    return out
 
 
 def _group(
@@ -171,28 +220,26 @@ def _group(
     lengths: Sequence[int],
     contexts: Sequence[int],
     tables: Sequence[list[int]],
-    block_shape: tuple[int, ...],
-    device: torch.device,
+    pool: Tensor,
 ) -> PagedGroup:
-    layers, _, kv_heads, block_size, _ = block_shape
+    _, layers, _, kv_heads, block_size, _ = pool.shape
     num = len(members)
     queries = max(lengths[i] for i in members)
     blocks = max(-(-(lengths[i] + contexts[i]) // block_size) for i in members)
     rows = np.zeros((num, queries), np.int64)
     # A padded query takes position 0: it sees one key, so that its (unused) softmax is finite.
     positions = np.zeros((num, queries), np.int64)
-    table = np.zeros((num, blocks), np.int64)
+    table = _table([tables[i] for i in members], blocks)
     for row, i in enumerate(members):
-        n, used = lengths[i], tables[i][:blocks]
+        n = lengths[i]
         rows[row, :n] = range(starts[i], starts[i] + n)
         positions[row, :n] = range(contexts[i], contexts[i] + n)
-        table[row, : len(used)] = used
     padded = any(lengths[i] != queries for i in members)
     real = np.flatnonzero((np.arange(queries) < np.asarray([lengths[i] for i in members])[:, None]).ravel())
     flat_rows = rows.ravel()
 
     def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
+        return torch.from_numpy(array).to(pool.device)
 
     return PagedGroup(
         num_sequences=num,

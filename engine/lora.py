@@ -48,11 +48,11 @@ class AdapterSet:
             self._updates.setdefault(modules[match[1]], {})[name] = pair
 
     def _add_updates(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0][0]
+        x, y = inputs[0].flatten(0, -2), output.flatten(0, -2)  # views of the packed tokens
         for name, (a, b) in self._updates[module].items():
             rows = self.rows.get(name)
             if rows is not None:
-                output[0].index_add_(0, rows, (x.index_select(0, rows) @ a.T) @ b.T)
+                y.index_add_(0, rows, (x.index_select(0, rows) @ a.T) @ b.T)
         return output
 
     def place(self, names: list[str | None], lengths: list[int], device: torch.device) -> None:

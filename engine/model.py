@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from thornback.contracts import ModelError
 from thornback.engine.attention import ATTENTION_NAME
+from thornback.engine.decoder import use_lean_forward
 from thornback.engine.linear import use_fast_products
 
 
@@ -69,6 +70,7 @@ def load_model(model: str | Path, device: str = "auto", dtype: str = "auto") -> 
         if progress:
             transformers_logging.enable_progress_bar()
     use_fast_products(loaded)
+    use_lean_forward(loaded)
     return loaded.to(place).eval()
 
 

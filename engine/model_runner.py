@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from thornback.engine.attention import PagedBatch, paged_groups
+from thornback.engine.attention import PagedBatch
 from thornback.engine.kv_pool import KVPool
 from thornback.engine.lora import AdapterSet
 from thornback.engine.randomness import positional_uniform
@@ -59,13 +59,13 @@ class ModelRunner:
                 rows.append(len(tokens) - 1)
         if self.adapters.names:
             self.adapters.place([i.seq.request.adapter for i in batch], lengths, self.device)
-        groups = paged_groups(lengths, contexts, tables, self.pool.block_shape, self.device)
+        where = (self._tensor(slots)[:, None] + self._heads).view(-1)
         logits = self.model(
             input_ids=self._tensor(tokens)[None],
             position_ids=self._tensor(positions)[None],
             use_cache=False,
             logits_to_keep=self._tensor(rows),
-            batch=PagedBatch(self.pool.tensor, (self._tensor(slots)[:, None] + self._heads).view(-1), groups),
+            batch=PagedBatch.of(self.pool.tensor, where, lengths, contexts, tables),
         ).logits[0]
         return logits, first_row
 

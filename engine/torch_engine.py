@@ -25,6 +25,7 @@ from thornback.contracts import (
 )
 from thornback.engine.block_manager import BlockManager
 from thornback.engine.kv_pool import KVPool
+from thornback.engine.linear import order_weights
 from thornback.engine.lora import AdapterSet
 from thornback.engine.model import ModelShape, load_model
 from thornback.engine.model_runner import ModelRunner, fresh_seeds
@@ -45,6 +46,7 @@ class TorchEngine:
         self.config = config
         self.model_name = str(model)
         self.model = load_model(model, config.device, config.dtype)
+        order_weights(self.model, config.max_num_seqs)
         self.shape = ModelShape.of(self.model)
         weight = next(self.model.parameters())
         self.max_model_len = min(config.max_model_len or self.shape.max_positions, self.shape.max_positions)
@@ -284,6 +286,7 @@ class TorchEngine:
                 "or say what becomes of them (in_flight='recompute' or 'keep')."
             )
         bind_weights(self.model, weights)
+        order_weights(self.model, self.config.max_num_seqs)
         self.weight_version = version
         self.flush_prefix_cache()
         for seqs in list(self._sequences.values()):
