@@ -21,6 +21,8 @@ from torch import Tensor
 
 _NEIGHBOURS = 8  # tokens whose attention one thread computes block by block: a block they share is read once
 _ROWS = 32  # rows that a thread takes at a time
+_SPAN = 64  # tokens whose weights are summed before a draw looks inside
+_TINY = float32(1e-37)  # what _exponentials makes of minus infinity is below
 _SMALL = 1 << 15  # numbers below which one thread is done before several have begun
 # Sums may be taken in any order and products fused; infinities and NaN keep their meaning.
 _OPTIONS: dict[str, Any] = {"cache": True, "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
@@ -74,6 +76,11 @@ def _fetch(context, address):
 @njit(**_OPTIONS)
 def _floats(address, rows, width):
     return carray(_pointer(address), (rows, width), np.float32)
+
+
+@njit(**_OPTIONS)
+def _doubles(address, rows, width):
+    return carray(_pointer(address), (rows, width), np.float64)
 
 
 @njit(**_OPTIONS)
@@ -304,6 +311,70 @@ def store(keys: Tensor, values: Tensor, pool: Tensor, slots: Tensor, layer: int)
     rows = kv_heads * block_size
     _store(keys.numel(), keys.data_ptr(), values.data_ptr(), slots.numel(), width, pool.data_ptr(),
            pool.numel() // width, slots.data_ptr(), layer * 2 * rows, rows)  # fmt: skip
+
+
+# Sampling
+
+
+@_Kernel("scores num vocabulary uniform greedy tokens logprobs log_norm")
+def _draw(args):
+    a = carray(args, 1)[0]
+    n = a.vocabulary
+    scores, uniform = _floats(a.scores, a.num, n), _doubles(a.uniform, 1, a.num)
+    greedy, tokens = _integers(a.greedy, 1, a.num), _integers(a.tokens, 1, a.num)
+    logprobs, log_norm = _floats(a.logprobs, 1, a.num), _floats(a.log_norm, 1, a.num)
+    weights, spans = np.empty(n, np.float32), np.empty((n + _SPAN - 1) // _SPAN, np.float64)
+    while True:
+        row = _next_task(args)
+        if row >= a.num:
+            break
+        peak = float32(-np.inf)
+        for i in range(n):
+            peak = max(peak, scores[row, i])
+        for i in range(n):
+            weights[i] = scores[row, i] - peak
+        _exponentials(weights)
+        total = 0.0
+        for span in range(len(spans)):
+            some = float32(0)
+            for i in range(span * _SPAN, min(n, span * _SPAN + _SPAN)):
+                some += weights[i]
+            spans[span] = some
+            total += spans[span]
+        token = -1
+        if greedy[0, row]:
+            token = np.argmax(weights)
+        else:
+            target, reached = uniform[0, row] * total, 0.0
+            for span in range(len(spans)):
+                if reached + spans[span] > target:
+                    for i in range(span * _SPAN, min(n, span * _SPAN + _SPAN)):
+                        reached += weights[i]
+                        if reached > target:
+                            token = i
+                            break
+                    else:
+                        token = min(n, span * _SPAN + _SPAN) - 1  # the span's sum was rounded up
+                    break
+                reached += spans[span]
+            else:
+                token = n - 1
+            # Rounding may carry a target past the last weight: the last token that has any is meant.
+            while weights[token] < _TINY:
+                token -= 1
+        log_norm[0, row] = np.log(total) + peak
+        logprobs[0, row] = scores[row, token] - log_norm[0, row]
+        tokens[0, row] = token
+
+
+def draw(scores: Tensor, uniform: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first token of each row of `scores` `[B, V]` at which the cumulative softmax exceeds `uniform` `[B]` (float64),
+    or where `greedy` `[B]` (int64) is not 0 the likeliest; its log-probability; and the logarithm of the row's sum."""
+    num, vocabulary = scores.shape
+    tokens, logprobs, log_norm = uniform.new_empty(num, dtype=torch.int64), scores.new_empty(num), scores.new_empty(num)
+    _draw(scores.numel(), scores.data_ptr(), num, vocabulary, uniform.data_ptr(), greedy.data_ptr(), tokens.data_ptr(),
+          logprobs.data_ptr(), log_norm.data_ptr())  # fmt: skip
+    return tokens, logprobs, log_norm
 
 
 # What stands between the matrix products

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from thornback.contracts import SamplingParams
+from thornback.engine import kernels
 
 _SPAN = 64  # tokens summed at a time before a draw looks inside one span
 
@@ -47,22 +48,37 @@ def sample(logits: Tensor, batch: SamplingBatch, banned: Tensor | None = None) -
     temperatures = [p.temperature or 1.0 for p in batch.params]
     if any(t != 1.0 for t in temperatures):
         scores = scores / torch.tensor(temperatures, dtype=scores.dtype, device=scores.device)[:, None]
+    greedy = torch.tensor([p.temperature == 0.0 for p in batch.params], dtype=torch.int64, device=scores.device)
+    uniform = torch.from_numpy(batch.uniform).to(scores.device)
+    draw = kernels.draw if kernels.usable(scores) else _draw
+    tokens, logprobs, log_norm = draw(scores.contiguous(), uniform, greedy)
+    # A row is drawn in one way whatever stands beside it: only rows that need it are drawn from what is left to them.
+    cut = [i for i, p in enumerate(batch.params) if _truncates(p)]
+    if banned is not None:
+        cut = sorted({*cut, *banned.any(-1).nonzero()[:, 0].tolist()})
+    if cut:
+        rows = torch.tensor(cut, device=scores.device)
+        left = _truncated(scores[rows], [batch.params[i] for i in cut], None if banned is None else banned[rows])
+        tokens[rows] = _pick(left, _span_sums(left), uniform[rows], greedy[rows])
+        logprobs[rows] = scores[rows].gather(1, tokens[rows, None])[:, 0] - log_norm[rows]
+    return Sampled(tokens.tolist(), logprobs.tolist(), scores, log_norm)
+
+
+def _draw(scores: Tensor, uniform: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `kernels.draw`."""
     peak = scores.amax(-1, keepdim=True)
     weights = (scores - peak).exp_()
     spans = _span_sums(weights)
     log_norm = (spans.sum(-1).log_() + peak[:, 0]).to(scores.dtype)
-    kept = _truncated(scores, weights, batch.params, banned)
-    if kept is not weights:
-        weights, spans = kept, _span_sums(kept)
-    greedy = [p.temperature == 0.0 for p in batch.params]
-    if all(greedy):
-        tokens = weights.argmax(-1)
-    else:
-        tokens = _inverse_cdf(weights, spans, torch.from_numpy(batch.uniform).to(weights.device))
-        if any(greedy):
-            tokens = torch.where(torch.tensor(greedy, device=tokens.device), weights.argmax(-1), tokens)
-    logprobs = scores.gather(1, tokens[:, None])[:, 0] - log_norm
-    return Sampled(tokens.tolist(), logprobs.tolist(), scores, log_norm)
+    tokens = _pick(weights, spans, uniform, greedy)
+    return tokens, scores.gather(1, tokens[:, None])[:, 0] - log_norm, log_norm
+
+
+def _pick(weights: Tensor, spans: Tensor, uniform: Tensor, greedy: Tensor) -> Tensor:
+    if greedy.all():
+        return weights.argmax(-1)
+    tokens = _inverse_cdf(weights, spans, uniform)
+    return torch.where(greedy > 0, weights.argmax(-1), tokens) if greedy.any() else tokens
 
 
 def _span_sums(weights: Tensor) -> Tensor:
@@ -93,17 +109,16 @@ def _last_positive(x: Tensor) -> Tensor:
     return x.shape[1] - 1 - (x > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
 
 
-def _truncated(scores: Tensor, weights: Tensor, params: list[SamplingParams], banned: Tensor | None) -> Tensor:
-    """`weights` with the tokens that may not be drawn at 0; `weights` itself where nothing is cut."""
-    cut = [i for i, p in enumerate(params) if p.temperature > 0 and (p.top_p < 1.0 or p.top_k > 0 or p.min_p > 0.0)]
+def _truncates(params: SamplingParams) -> bool:
+    return params.temperature > 0 and (params.top_p < 1.0 or params.top_k > 0 or params.min_p > 0.0)
+
+
+def _truncated(scores: Tensor, params: list[SamplingParams], banned: Tensor | None) -> Tensor:
+    """Weights `[B, V]` that are 0 for tokens that may not be drawn."""
     if banned is not None:
-        weights = weights.masked_fill(banned, 0.0)
-        empty = weights.amax(-1) == 0  # what is left lies too far below the peak for exp: scale to what is left
-        if empty.any():
-            left = scores.masked_fill(banned, -torch.inf)[empty]
-            weights[empty] = torch.softmax(left, -1)
-    elif cut:
-        weights = weights.clone()
+        scores = scores.masked_fill(banned, -torch.inf)  # what is left sets the scale, however unlikely it was
+    weights = torch.softmax(scores, -1)
+    cut = [i for i, p in enumerate(params) if _truncates(p)]
     if cut:
         rows = torch.tensor(cut, device=weights.device)
         weights[rows] = _keep_likely(weights[rows], [params[i] for i in cut])
