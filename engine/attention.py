@@ -122,38 +122,47 @@ class PagedTokens:
 
 @dataclass(slots=True)
 class PagedBatch:
-    """One pass of generation. `pool` is `[num_blocks, layers, 2, kv_heads, block_size, D]`; `slots` int64
-    `[T * kv_heads]` is where each token's keys of layer 0 go, head by head, counted in rows of `D`. Sequences with few
-    new tokens are `direct`, where our kernels work; others are gathered in `groups`."""
+    """One pass of generation. `pool` is `[num_blocks, layers, 2, kv_heads, block_size, D]`; `positions` int64 `[T]`;
+    `slots` int64 `[T * kv_heads]` is where each token's keys of layer 0 go, head by head, counted in rows of `D`.
+    Sequences with few new tokens are `direct`, where our kernels work; others are gathered in `groups`."""
 
     pool: Tensor
+    positions: Tensor
     slots: Tensor
     groups: list[PagedGroup]
     direct: PagedTokens | None
 
     @classmethod
-    def of(
-        cls,
-        pool: Tensor,
-        slots: Tensor,
-        lengths: Sequence[int],
-        contexts: Sequence[int],
-        tables: Sequence[list[int]],
-    ) -> PagedBatch:
+    def of(cls, pool: Tensor, lengths: list[int], contexts: list[int], tables: list[list[int]]) -> PagedBatch:
         """Sequence i brings `lengths[i]` new tokens, packed in this order, after `contexts[i]` earlier ones, over the
         blocks `tables[i]`."""
-        starts = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=starts[1:])
-        direct: list[int] = []
+        _, layers, _, kv_heads, size, _ = pool.shape
+        counts, before = np.array(lengths), np.array(contexts)
+        starts = np.cumsum(counts) - counts
+        owners = np.repeat(np.arange(len(counts)), counts)
+        places = np.arange(len(owners))
+        positions = places + (before - starts)[owners]
+        table = np.zeros((len(tables), -(-int((counts + before).max()) // size)), np.int64)
+        for row, blocks in zip(table, tables, strict=True):
+            row[: len(blocks)] = blocks[: len(row)]
+        slots = table[owners, positions // size] * (layers * 2 * kv_heads * size) + positions % size
+        few = counts < (_FEW if kernels.usable(pool) else 0)
+        direct = None
+        if few.any():
+            tokens = places if few.all() else places[few[owners]]
+            arrays = (tokens, owners[tokens], positions[tokens] + 1, table)
+            direct = PagedTokens(*map(torch.from_numpy, arrays))
         classes: dict[tuple[int, int], list[int]] = {}
-        for i, (length, context) in enumerate(zip(lengths, contexts, strict=True)):
-            if length < _FEW and kernels.usable(pool):
-                direct.append(i)
-            else:
-                key = (0 if length == 1 else _size_class(length), _size_class(length + context))
-                classes.setdefault(key, []).append(i)
-        groups = [_group(members, starts, lengths, contexts, tables, pool) for members in classes.values()]
-        return cls(pool, slots, groups, _direct(direct, starts, lengths, contexts, tables, pool) if direct else None)
+        for i in np.flatnonzero(~few):
+            key = (0 if counts[i] == 1 else _size_class(counts[i]), _size_class(counts[i] + before[i]))
+            classes.setdefault(key, []).append(i)
+        return cls(
+            pool,
+            torch.from_numpy(positions).to(pool.device),
+            torch.from_numpy((slots[:, None] + np.arange(kv_heads) * size).ravel()).to(pool.device),
+            [_group(np.array(members), starts, counts, before, table, pool) for members in classes.values()],
+            direct,
+        )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
         """Write the new keys and values, then read every sequence's own: `[T, heads, D]` of all tokens."""
@@ -190,65 +199,34 @@ class PagedBatch:
         rows.index_copy_(0, slots + kv_heads * block_size, v.view(-1, d))
 
 
-def _direct(
-    members: list[int],
-    starts: np.ndarray,
-    lengths: Sequence[int],
-    contexts: Sequence[int],
-    tables: Sequence[list[int]],
-    pool: Tensor,
-) -> PagedTokens:
-    counts, before = np.asarray(lengths)[members], np.asarray(contexts)[members]
-    owners = np.repeat(np.arange(len(members)), counts)
-    nth = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)  # of a sequence's new tokens
-    table = _table([tables[i] for i in members], -(-int((counts + before).max()) // pool.shape[4]))
-    arrays = (starts[members][owners] + nth, owners, before[owners] + nth + 1, table)
-    return PagedTokens(*map(torch.from_numpy, arrays))
-
-
-def _table(tables: Sequence[list[int]], width: int) -> np.ndarray:
-    """int64 `[B, width]`: the first blocks of each sequence, and zeros after them."""
-    out = np.zeros((len(tables), width), np.int64)
-    for row, table in zip(out, tables, strict=True):
-        row[: len(table)] = table[:width]
-    return out
-
-
 def _group(
-    members: list[int],
+    members: np.ndarray,
     starts: np.ndarray,
-    lengths: Sequence[int],
-    contexts: Sequence[int],
-    tables: Sequence[list[int]],
+    counts: np.ndarray,
+    before: np.ndarray,
+    table: np.ndarray,
     pool: Tensor,
 ) -> PagedGroup:
     _, layers, _, kv_heads, block_size, _ = pool.shape
-    num = len(members)
-    queries = max(lengths[i] for i in members)
-    blocks = max(-(-(lengths[i] + contexts[i]) // block_size) for i in members)
-    rows = np.zeros((num, queries), np.int64)
-    # A padded query takes position 0: it sees one key, so that its (unused) softmax is finite.
-    positions = np.zeros((num, queries), np.int64)
-    table = _table([tables[i] for i in members], blocks)
-    for row, i in enumerate(members):
-        n = lengths[i]
-        rows[row, :n] = range(starts[i], starts[i] + n)
-        positions[row, :n] = range(contexts[i], contexts[i] + n)
-    padded = any(lengths[i] != queries for i in members)
-    real = np.flatnonzero((np.arange(queries) < np.asarray([lengths[i] for i in members])[:, None]).ravel())
-    flat_rows = rows.ravel()
+    starts, counts, before = starts[members], counts[members], before[members]
+    nth = np.arange(counts.max())
+    inside = nth < counts[:, None]
+    rows = np.where(inside, starts[:, None] + nth, 0).ravel()
+    real = np.flatnonzero(inside)
+    table = table[members, None, : -(-int((counts + before).max()) // block_size)] * (layers * 2 * kv_heads)
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(pool.device)
 
     return PagedGroup(
-        num_sequences=num,
-        num_queries=queries,
-        rows=tensor(flat_rows),
-        tokens=tensor(flat_rows[real]) if padded else None,
-        back=tensor(real) if padded else None,
-        blocks=tensor((table[:, None] * (layers * 2 * kv_heads) + np.arange(kv_heads)[:, None]).ravel()),
-        positions=tensor(positions),
+        num_sequences=len(members),
+        num_queries=len(nth),
+        rows=tensor(rows),
+        tokens=None if inside.all() else tensor(rows[real]),
+        back=None if inside.all() else tensor(real),
+        blocks=tensor((table + np.arange(kv_heads)[:, None]).ravel()),
+        # A padded query takes position 0: it sees one key, so that its (unused) softmax is finite.
+        positions=tensor(np.where(inside, before[:, None] + nth, 0)),
     )
 
 

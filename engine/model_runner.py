@@ -27,8 +27,6 @@ class ModelRunner:
         self.pool = pool
         self.adapters = adapters
         self.device = next(model.parameters()).device
-        kv_heads, block_size = pool.block_shape[2:4]
-        self._heads = torch.arange(kv_heads, device=self.device) * block_size
 
     @torch.inference_mode()
     def forward(self, batch: list[Scheduled]) -> tuple[Tensor, list[int]]:
@@ -36,46 +34,29 @@ class ModelRunner:
         sequence the first of its rows: one row, its last token's, or all of its tokens' where prompt
         log-probabilities are asked for (none where neither is)."""
         tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
         rows: list[int] = []
         first_row: list[int] = []
-        lengths: list[int] = []
-        contexts: list[int] = []
-        tables: list[list[int]] = []
-        for item in batch:
-            seq, n = item.seq, item.num_tokens
-            start = seq.num_computed_tokens
+        lengths = [item.num_tokens for item in batch]
+        contexts = [item.seq.num_computed_tokens for item in batch]
+        for item, n, start in zip(batch, lengths, contexts, strict=True):
+            seq = item.seq
             tokens += seq.token_ids[start : start + n]
-            positions += range(start, start + n)
-            lengths.append(n)
-            contexts.append(start)
-            tables.append(seq.block_table)
-            slots += self._slots(seq.block_table, start, n)
             first_row.append(len(rows))
-            if seq.request.sampling.prompt_logprobs is not None and start < seq.num_prompt_tokens:
+            if seq.prompt_logprobs is not None and start < seq.num_prompt_tokens:
                 rows += range(len(tokens) - n, len(tokens))
             elif item.draws:
                 rows.append(len(tokens) - 1)
         if self.adapters.names:
             self.adapters.place([i.seq.request.adapter for i in batch], lengths, self.device)
-        where = (self._tensor(slots)[:, None] + self._heads).view(-1)
+        paged = PagedBatch.of(self.pool.tensor, lengths, contexts, [item.seq.block_table for item in batch])
         logits = self.model(
             input_ids=self._tensor(tokens)[None],
-            position_ids=self._tensor(positions)[None],
+            position_ids=paged.positions[None],
             use_cache=False,
-            logits_to_keep=self._tensor(rows),
-            batch=PagedBatch.of(self.pool.tensor, where, lengths, contexts, tables),
+            logits_to_keep=0 if len(rows) == len(tokens) else self._tensor(rows),  # 0: all
+            batch=paged,
         ).logits[0]
         return logits, first_row
-
-    def _slots(self, table: list[int], start: int, count: int) -> list[int]:
-        """Where the keys of layer 0 and head 0 of these positions go, in rows of `head_dim` numbers."""
-        layers, _, kv_heads, size, _ = self.pool.block_shape
-        stride = layers * 2 * kv_heads * size
-        if count == 1:
-            return [table[start // size] * stride + start % size]
-        return [table[p // size] * stride + p % size for p in range(start, start + count)]
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.from_numpy(np.asarray(values, np.int64)).to(self.device)
