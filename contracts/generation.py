@@ -79,7 +79,7 @@ class EngineConfig:
     directories (peft's layout) by name.
     """
 
-    block_size: int = 16
+    block_size: int = 32
     num_blocks: int | None = None
     kv_cache_memory_bytes: int = 2 << 30
     max_num_seqs: int = 256

@@ -102,7 +102,7 @@ class PagedGroup:
         """`q` `[B * Q, heads, D]`, `keys` and `values` `[B * kv_heads, S, D]`; returns `[B * Q, heads, D]`."""
         b, n, (_, heads, d) = self.num_sequences, self.num_queries, q.shape
         kv_heads, num_keys = keys.shape[0] // b, keys.shape[1]
-        queries = _grouped_query(q.view(b, n, heads, d), kv_heads)
+        queries = _grouped_query(q.reshape(b, n, heads, d), kv_heads)
         mask = self.mask(num_keys, window, q.dtype, heads // kv_heads)
         keys, values = (x.view(b, kv_heads, num_keys, d) for x in (keys, values))
         out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
@@ -153,7 +153,7 @@ class PagedBatch:
             arrays = (tokens, owners[tokens], positions[tokens] + 1, table)
             direct = PagedTokens(*map(torch.from_numpy, arrays))
         classes: dict[tuple[int, int], list[int]] = {}
-        for i in np.flatnonzero(~few):
+        for i in np.flatnonzero(~few).tolist():
             key = (0 if counts[i] == 1 else _size_class(counts[i]), _size_class(counts[i] + before[i]))
             classes.setdefault(key, []).append(i)
         return cls(
@@ -166,13 +166,13 @@ class PagedBatch:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
         """Write the new keys and values, then read every sequence's own: `[T, heads, D]` of all tokens."""
-        self._write(layer, k.contiguous(), v.contiguous())
+        self._write(layer, k, v)
         _, _, _, kv_heads, block_size, d = self.pool.shape
         blocks = self.pool.view(-1, block_size * d)
         whole = self.direct is None and len(self.groups) == 1 and self.groups[0].back is None
         out = q if whole else torch.empty_like(q, memory_format=torch.contiguous_format)
         if self.direct is not None:
-            x, q = self.direct, q.contiguous()
+            x = self.direct
             kernels.paged_attention(
                 q, self.pool, layer, x.tokens, x.owners, x.lengths, x.tables, window, scaling or d**-0.5, out
             )
@@ -192,11 +192,12 @@ class PagedBatch:
 
     def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
         if kernels.usable(self.pool):
-            return kernels.store(k, v, self.pool, self.slots, layer)
+            kernels.store(k, v, self.pool, self.slots, layer)
+            return
         _, _, _, kv_heads, block_size, d = self.pool.shape
         rows, slots = self.pool.view(-1, d), self.slots + layer * 2 * kv_heads * block_size
-        rows.index_copy_(0, slots, k.view(-1, d))
-        rows.index_copy_(0, slots + kv_heads * block_size, v.view(-1, d))
+        rows.index_copy_(0, slots, k.reshape(-1, d))
+        rows.index_copy_(0, slots + kv_heads * block_size, v.reshape(-1, d))
 
 
 def _group(

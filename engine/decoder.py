@@ -6,7 +6,7 @@ fast. Models whose modules are not of these classes run through transformers' co
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from thornback.engine import kernels
+from thornback.engine.linear import Joint
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3")
 
@@ -30,17 +31,24 @@ class _RMSNorm(nn.Module):
 
 
 class _MLP(nn.Module):
+    JOINTS: ClassVar = {"joint": ("gate_proj", "up_proj")}
+    joint: Joint | None = None
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.joint is not None and self.joint.fits(x):
+            gate, up = self.joint(x)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
         inner = kernels.silu_product(gate, up) if kernels.usable(gate) else functional.silu(gate) * up
         return self.down_proj(inner)
 
 
 class _Attention(nn.Module):
+    JOINTS: ClassVar = {"joint": ("q_proj", "k_proj", "v_proj")}
+    joint: Joint | None = None
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -51,7 +59,11 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: Any) -> Tensor:
         """`x` `[T, H]`; `angles`: cos and sin `[T, head_dim / 2]`."""
-        q, k, v = (p(x).view(len(x), -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.joint is not None and self.joint.fits(x):
+            parts = self.joint(x)
+        else:
+            parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         q, k = (_rotated(x, getattr(self, norm, None), *angles) for x, norm in ((q, "q_norm"), (k, "k_norm")))
         out = batch.attend(self.layer_idx, q, k, v, self.scaling, getattr(self, "sliding_window", None))
         return self.o_proj(out.reshape(len(x), -1))
@@ -105,11 +117,13 @@ _LEAN = {"RMSNorm": _RMSNorm, "MLP": _MLP, "Attention": _Attention, "DecoderLaye
 
 def use_lean_forward(model: PreTrainedModel) -> None:
     """Change the classes of a model's modules, if all that matter are of a known family."""
-    config = model.config.get_text_config()
-    family = next((f for f in FAMILIES if type(model.base_model).__name__ == f"{f}Model"), None)
-    if family is None or config.hidden_act != "silu" or getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
+    base, config = model.base_model, model.config.get_text_config()
+    family = next((f for f in FAMILIES if type(base).__name__ == f"{f}Model"), None)
+    if family is None or config.hidden_act != "silu":
         return
-    for module in model.base_model.modules():
+    if base.rotary_emb.inv_freq.numel() * 2 != base.layers[0].self_attn.head_dim:
+        return  # only a part of each head is rotated
+    for module in base.modules():
         kind = type(module).__name__.removeprefix(family)
         if kind in _LEAN:
             module.__class__ = type(type(module).__name__, (_LEAN[kind], type(module)), {})

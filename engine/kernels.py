@@ -1,32 +1,30 @@
-"""The parts of a forward pass that torch has no fast operator for, compiled for this CPU by numba.
+"""The parts of a forward pass that torch has no fast operator for, in float32 on CPU, without gradients."""
 
-For float32 tensors without gradients. numba keeps what it compiled, so that only a machine's first engine waits for it.
-The kernels run on torch's own OpenMP threads: threads of another pool would fight them for the cores.
-"""
-
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, call-arg, var-annotated"
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, cfunc, float32, from_dtype, njit, types
-from numba.extending import intrinsic
+from numba import carray, float32, njit
 from torch import Tensor
+
+from thornback.engine.compiled import (
+    OPTIONS,
+    Kernel,
+    doubles,
+    fetch,
+    floats,
+    integers,
+    next_task,
+)
 
 _NEIGHBOURS = 8  # tokens whose attention one thread computes block by block: a block they share is read once
 _ROWS = 32  # rows that a thread takes at a time
 _SPAN = 64  # tokens whose weights are summed before a draw looks inside
-_TINY = float32(1e-37)  # what _exponentials makes of minus infinity is below
-_SMALL = 1 << 15  # numbers below which one thread is done before several have begun
-# Sums may be taken in any order and products fused; infinities and NaN keep their meaning.
-_OPTIONS: dict[str, Any] = {"cache": True, "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
-_FLOATS = ("scaling", "epsilon")
+_TINY = float32(1e-37)  # what `_exponentials` makes of minus infinity is below
 
 
 def usable(x: Tensor) -> bool:
@@ -34,101 +32,15 @@ def usable(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-# How a kernel is called
-
-
-@intrinsic
-def _pointer(context, address):
-    """An integer as a pointer: a kernel gets its tensors as addresses."""
-
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), generate
-
-
-@intrinsic
-def _next_task(context, arguments):
-    """Count up the first field of a kernel's arguments, atomically; returns the number before."""
-
-    def generate(context, builder, signature, args):
-        counter = builder.bitcast(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(arguments), generate
-
-
-@intrinsic
-def _fetch(context, address):
-    """Ask for the cache line at `address` ahead of its use."""
-
-    def generate(context, builder, signature, args):
-        word, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        reading, near, data = (ir.Constant(word, value) for value in (0, 2, 1))
-        builder.call(function, [builder.inttoptr(args[0], byte), reading, near, data])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-@njit(**_OPTIONS)
-def _floats(address, rows, width):
-    return carray(_pointer(address), (rows, width), np.float32)
-
-
-@njit(**_OPTIONS)
-def _doubles(address, rows, width):
-    return carray(_pointer(address), (rows, width), np.float64)
-
-
-@njit(**_OPTIONS)
-def _integers(address, rows, width):
-    return carray(_pointer(address), (rows, width), np.int64)
-
-
-def _openmp() -> Callable | None:
-    """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP library that torch has loaded, if it has one."""
-    try:
-        run = ctypes.CDLL("libgomp.so.1").GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    run.argtypes, run.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return run
-
-
-_run_parallel = _openmp()
-
-
-class _Kernel:
-    """A function of a struct of the given fields, compiled, and called by several threads at once: each takes task
-    after task by `_next_task` until there are no more."""
-
-    def __init__(self, fields: str) -> None:
-        columns = [(name, np.float32 if name in _FLOATS else np.int64) for name in ("next_task", *fields.split())]
-        self._struct = np.dtype(columns, align=True)
-
-    def __call__(self, function: Callable) -> Callable[..., None]:
-        compiled = cfunc(types.void(types.CPointer(from_dtype(self._struct))), **_OPTIONS)(function)
-        run_alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
-
-        def run(size: int, *values: float) -> None:
-            """`values`: the fields; `size`: how many numbers there are to work on."""
-            arguments = np.array((0, *values), self._struct)
-            threads = torch.get_num_threads()
-            if size < _SMALL or threads == 1 or _run_parallel is None:
-                run_alone(arguments.ctypes.data)
-            else:
-                _run_parallel(compiled.address, arguments.ctypes.data, threads, 0)
-
-        return run
+def _by_token(x: Tensor) -> Tensor:
+    """`x` `[T, heads, D]`, or a copy, in which a token's heads lie together; tokens may lie apart."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 # Attention
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _exponentials(x):
     """exp of numbers of at most 0, in place, to 1e-7, in a form that becomes vector instructions: 2**n * 2**f."""
     bits = x.view(np.int32)
@@ -146,14 +58,14 @@ def _exponentials(x):
         bits[t] += np.int32(n) << np.int32(23)
 
 
-@njit(inline="always", **_OPTIONS)
-def _score(query, q, pool, key, start, stop, width, scaling, scores, at):
-    """Products of row `q` of `query` with rows `key + start` to `key + stop` of `pool`, four at a time."""
+@njit(inline="always", **OPTIONS)
+def _score(query, token, column, pool, key, start, stop, width, scaling, scores, at):
+    """Products of `query[token, column : column + width]` with rows `key + start` to `key + stop` of `pool`."""
     t = start
     while t + 4 <= stop:
         a, b, c, d = float32(0), float32(0), float32(0), float32(0)
         for i in range(width):
-            x = query[q, i]
+            x = query[token, column + i]
             a += x * pool[key + t, i]
             b += x * pool[key + t + 1, i]
             c += x * pool[key + t + 2, i]
@@ -164,12 +76,12 @@ def _score(query, q, pool, key, start, stop, width, scaling, scores, at):
     while t < stop:
         a = float32(0)
         for i in range(width):
-            a += query[q, i] * pool[key + t, i]
+            a += query[token, column + i] * pool[key + t, i]
         scores[at + t] = a * scaling
         t += 1
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _add_values(weights, at, pool, value, start, stop, width, sums, row):
     """Add rows `value + start` to `value + stop` of `pool`, by their weights, to `sums[row]`."""
     t = start
@@ -194,22 +106,23 @@ def _paged_attention(heads: int, kv_heads: int, width: int) -> Callable[..., Non
     """Compiled for one shape of heads: with a constant width a row stays in registers, which is twice as fast."""
     group = heads // kv_heads
 
-    @_Kernel(
-        "query out num_tokens pool pool_rows layer_row block_rows size num tokens owners lengths tables num_tables max_blocks "
-        "window scaling"
+    @Kernel(
+        "query query_stride out num_tokens pool pool_rows layer_row block_rows size "
+        "num tokens owners lengths tables num_tables max_blocks window scaling"
     )
     def attend(args):
         a = carray(args, 1)[0]
-        num, size, layer_row, block_rows, window, scaling = a.num, a.size, a.layer_row, a.block_rows, a.window, a.scaling
-        query, out = _floats(a.query, a.num_tokens * heads, width), _floats(a.out, a.num_tokens * heads, width)
-        pool, tables = _floats(a.pool, a.pool_rows, width), _integers(a.tables, a.num_tables, a.max_blocks)
-        tokens, owners, lengths = _integers(a.tokens, 1, num), _integers(a.owners, 1, num), _integers(a.lengths, 1, num)
+        num, size, window, scaling = a.num, a.size, a.window, a.scaling
+        layer_row, block_rows = a.layer_row, a.block_rows
+        query, out = floats(a.query, a.num_tokens, a.query_stride), floats(a.out, a.num_tokens, heads * width)
+        pool, tables = floats(a.pool, a.pool_rows, width), integers(a.tables, a.num_tables, a.max_blocks)
+        tokens, owners, lengths = integers(a.tokens, 1, num), integers(a.owners, 1, num), integers(a.lengths, 1, num)
         peak = np.empty(_NEIGHBOURS * group, np.float32)
         total = np.empty(_NEIGHBOURS * group, np.float32)
         sums = np.empty((_NEIGHBOURS * group, width), np.float32)
         scores = np.empty(group * size, np.float32)
         while True:
-            task = _next_task(args)
+            task = next_task(args)
             first, head = task // kv_heads * _NEIGHBOURS, task % kv_heads
             if first >= num:
                 break
@@ -232,13 +145,13 @@ def _paged_attention(heads: int, kv_heads: int, width: int) -> Callable[..., Non
                             at_key = a.pool + (ahead * block_rows + layer_row + head * size) * width * 4
                             at_value = at_key + kv_heads * size * width * 4
                             for line in range(0, size * width * 4, 64):
-                                _fetch(at_key + line)
-                                _fetch(at_value + line)
-                    q = tokens[0, s] * heads + head * group
+                                fetch(at_key + line)
+                                fetch(at_value + line)
                     scores[:] = -126
                     for g in range(group):
                         at, row = g * size, (s - first) * group + g
-                        _score(query, q + g, pool, key, start, stop, width, scaling, scores, at)
+                        column = (head * group + g) * width
+                        _score(query, tokens[0, s], column, pool, key, start, stop, width, scaling, scores, at)
                         before = peak[row]
                         top = before
                         for t in range(start, stop):
@@ -261,9 +174,9 @@ def _paged_attention(heads: int, kv_heads: int, width: int) -> Callable[..., Non
                         _add_values(scores, at, pool, value, start, stop, width, sums, row)
             for s in range(first, last):
                 for g in range(group):
-                    row, q = (s - first) * group + g, tokens[0, s] * heads + head * group + g
+                    row, column = (s - first) * group + g, (head * group + g) * width
                     for i in range(width):
-                        out[q, i] = sums[row, i] / total[row]
+                        out[tokens[0, s], column + i] = sums[row, i] / total[row]
 
     return attend
 
@@ -277,55 +190,60 @@ def paged_attention(
     `query` and `out` `[T, heads, D]`, of which rows `tokens` `[n]` are read and written; `owners` `[n]`: the row of
     `tables` `[B, N]` that holds a token's blocks; `lengths` `[n]`: how many keys it sees. The integers are int64.
     """
+    query = _by_token(query)
     num_tokens, heads, width = query.shape
     _, layers, _, kv_heads, block_size, _ = pool.shape
     rows = 2 * kv_heads * block_size
     _paged_attention(heads, kv_heads, width)(
-        len(tokens) * tables.shape[1] * block_size * width, query.data_ptr(), out.data_ptr(), num_tokens,
+        len(tokens) * tables.shape[1] * block_size * width,
+        query.data_ptr(), query.stride(0), out.data_ptr(), num_tokens,
         pool.data_ptr(), pool.numel() // width, layer * rows, layers * rows, block_size,
         len(tokens), tokens.data_ptr(), owners.data_ptr(), lengths.data_ptr(),
         tables.data_ptr(), len(tables), tables.shape[1], window or 1 << 40, scaling,
     )  # fmt: skip
 
 
-@_Kernel("keys values num width pool pool_rows slots layer_row value_rows")
+@Kernel("keys values key_stride value_stride num heads width pool pool_rows slots layer_row value_rows")
 def _store(args):
     a = carray(args, 1)[0]
-    keys, values, pool = _floats(a.keys, a.num, a.width), _floats(a.values, a.num, a.width), _floats(a.pool, a.pool_rows, a.width)
-    slots = _integers(a.slots, 1, a.num)[0]
+    keys, values = floats(a.keys, a.num, a.key_stride), floats(a.values, a.num, a.value_stride)
+    pool, slots = floats(a.pool, a.pool_rows, a.width), integers(a.slots, a.num, a.heads)
+    heads, width, layer_row, value_rows = a.heads, a.width, a.layer_row, a.value_rows
     while True:
-        first = _next_task(args) * _ROWS
+        first = next_task(args) * _ROWS
         if first >= a.num:
             break
-        for row in range(first, min(a.num, first + _ROWS)):
-            slot = slots[row] + a.layer_row
-            for i in range(a.width):
-                pool[slot, i] = keys[row, i]
-                pool[slot + a.value_rows, i] = values[row, i]
+        for token in range(first, min(a.num, first + _ROWS)):
+            for head in range(heads):
+                slot = slots[token, head] + layer_row
+                for i in range(width):
+                    pool[slot, i] = keys[token, head * width + i]
+                    pool[slot + value_rows, i] = values[token, head * width + i]
 
 
 def store(keys: Tensor, values: Tensor, pool: Tensor, slots: Tensor, layer: int) -> None:
     """Write `keys` and `values` `[T, kv_heads, D]` to their places in the pool: `slots` `[T * kv_heads]` as in
     `PagedBatch`."""
-    _, _, _, kv_heads, block_size, width = pool.shape
-    rows = kv_heads * block_size
-    _store(keys.numel(), keys.data_ptr(), values.data_ptr(), slots.numel(), width, pool.data_ptr(),
-           pool.numel() // width, slots.data_ptr(), layer * 2 * rows, rows)  # fmt: skip
+    keys, values = _by_token(keys), _by_token(values)
+    num, heads, width = keys.shape
+    rows = heads * pool.shape[4]
+    _store(keys.numel(), keys.data_ptr(), values.data_ptr(), keys.stride(0), values.stride(0), num, heads, width,
+           pool.data_ptr(), pool.numel() // width, slots.data_ptr(), layer * 2 * rows, rows)  # fmt: skip
 
 
 # Sampling
 
 
-@_Kernel("scores num vocabulary uniform greedy tokens logprobs log_norm")
+@Kernel("scores num vocabulary uniform greedy tokens logprobs log_norm")
 def _draw(args):
     a = carray(args, 1)[0]
     n = a.vocabulary
-    scores, uniform = _floats(a.scores, a.num, n), _doubles(a.uniform, 1, a.num)
-    greedy, tokens = _integers(a.greedy, 1, a.num), _integers(a.tokens, 1, a.num)
-    logprobs, log_norm = _floats(a.logprobs, 1, a.num), _floats(a.log_norm, 1, a.num)
+    scores, uniform = floats(a.scores, a.num, n), doubles(a.uniform, 1, a.num)
+    greedy, tokens = integers(a.greedy, 1, a.num), integers(a.tokens, 1, a.num)
+    logprobs, log_norm = floats(a.logprobs, 1, a.num), floats(a.log_norm, 1, a.num)
     weights, spans = np.empty(n, np.float32), np.empty((n + _SPAN - 1) // _SPAN, np.float64)
     while True:
-        row = _next_task(args)
+        row = next_task(args)
         if row >= a.num:
             break
         peak = float32(-np.inf)
@@ -368,8 +286,9 @@ def _draw(args):
 
 
 def draw(scores: Tensor, uniform: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first token of each row of `scores` `[B, V]` at which the cumulative softmax exceeds `uniform` `[B]` (float64),
-    or where `greedy` `[B]` (int64) is not 0 the likeliest; its log-probability; and the logarithm of the row's sum."""
+    """Of each row of `scores` `[B, V]`: the first token at which the cumulative softmax exceeds `uniform` `[B]`
+    (float64), or the likeliest where `greedy` `[B]` (int64) is not 0; its log-probability; the logarithm of the row's
+    sum of exponentials."""
     num, vocabulary = scores.shape
     tokens, logprobs, log_norm = uniform.new_empty(num, dtype=torch.int64), scores.new_empty(num), scores.new_empty(num)
     _draw(scores.numel(), scores.data_ptr(), num, vocabulary, uniform.data_ptr(), greedy.data_ptr(), tokens.data_ptr(),
@@ -380,12 +299,12 @@ def draw(scores: Tensor, uniform: Tensor, greedy: Tensor) -> tuple[Tensor, Tenso
 # What stands between the matrix products
 
 
-@_Kernel("x out weight num width epsilon")
+@Kernel("x out weight num width epsilon")
 def _rms_norm(args):
     a = carray(args, 1)[0]
-    x, out, weight = _floats(a.x, a.num, a.width), _floats(a.out, a.num, a.width), _floats(a.weight, 1, a.width)[0]
+    x, out, weight = floats(a.x, a.num, a.width), floats(a.out, a.num, a.width), floats(a.weight, 1, a.width)[0]
     while True:
-        first = _next_task(args) * _ROWS
+        first = next_task(args) * _ROWS
         if first >= a.num:
             break
         for row in range(first, min(a.num, first + _ROWS)):
@@ -405,60 +324,63 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return out
 
 
-@_Kernel("x num heads width cos sin weight epsilon")
+@Kernel("x stride num heads width cos sin weight epsilon")
 def _rotate(args):
     a = carray(args, 1)[0]
-    half = a.width // 2
-    x, weight = _floats(a.x, a.num * a.heads, a.width), _floats(a.weight, 1, a.width)[0]
-    cos, sin = _floats(a.cos, a.num, half), _floats(a.sin, a.num, half)
+    width, half, normalised = a.width, a.width // 2, a.weight != 0
+    x, weight = floats(a.x, a.num, a.stride), floats(a.weight, 1, width)[0]
+    cos, sin = floats(a.cos, a.num, half), floats(a.sin, a.num, half)
     while True:
-        first = _next_task(args) * _ROWS
+        first = next_task(args) * _ROWS
         if first >= a.num:
             break
         for token in range(first, min(a.num, first + _ROWS)):
-            for row in range(token * a.heads, (token + 1) * a.heads):
-                if a.weight:
+            for at in range(0, a.heads * width, width):
+                if normalised:
                     squares = float32(0)
-                    for i in range(a.width):
-                        squares += x[row, i] * x[row, i]
-                    scale = float32(1) / np.sqrt(squares / float32(a.width) + a.epsilon)
-                    for i in range(a.width):
-                        x[row, i] = x[row, i] * scale * weight[i]
+                    for i in range(at, at + width):
+                        squares += x[token, i] * x[token, i]
+                    scale = float32(1) / np.sqrt(squares / float32(width) + a.epsilon)
+                    for i in range(width):
+                        x[token, at + i] *= scale * weight[i]
                 for i in range(half):
-                    left, right = x[row, i], x[row, i + half]
-                    x[row, i] = left * cos[token, i] - right * sin[token, i]
-                    x[row, i + half] = right * cos[token, i] + left * sin[token, i]
+                    left, right = x[token, at + i], x[token, at + half + i]
+                    x[token, at + i] = left * cos[token, i] - right * sin[token, i]
+                    x[token, at + half + i] = right * cos[token, i] + left * sin[token, i]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, epsilon: float) -> None:
     """In place: `rms_norm` of each head of `x` `[T, heads, D]` if there is a weight, then its rotation by the angles
-    whose `cos` and `sin` `[T, D / 2]` are given."""
+    whose `cos` and `sin` `[T, D / 2]` are given. A token's heads must lie together."""
     num, heads, width = x.shape
-    _rotate(x.numel(), x.data_ptr(), num, heads, width, cos.data_ptr(), sin.data_ptr(),
+    _rotate(x.numel(), x.data_ptr(), x.stride(0), num, heads, width, cos.data_ptr(), sin.data_ptr(),
             0 if weight is None else weight.data_ptr(), epsilon)  # fmt: skip
 
 
-@_Kernel("gate up num width")
+@Kernel("gate up stride out num width")
 def _silu_product(args):
     a = carray(args, 1)[0]
-    gate, up = _floats(a.gate, a.num, a.width), _floats(a.up, a.num, a.width)
-    below = np.empty(a.width, np.float32)
+    width = a.width
+    gate, up, out = floats(a.gate, a.num, a.stride), floats(a.up, a.num, a.stride), floats(a.out, a.num, width)
+    below = np.empty(width, np.float32)
     while True:
-        first = _next_task(args) * _ROWS
+        first = next_task(args) * _ROWS
         if first >= a.num:
             break
         for row in range(first, min(a.num, first + _ROWS)):
-            for i in range(a.width):
+            for i in range(width):
                 below[i] = -abs(gate[row, i])
             _exponentials(below)
-            for i in range(a.width):
+            for i in range(width):
                 # exp of numbers of at most 0 only: sigmoid(x) is 1 / (1 + e) above zero and e / (1 + e) below.
                 e = below[i]
-                gate[row, i] *= up[row, i] * (float32(1) if gate[row, i] >= 0 else e) / (float32(1) + e)
+                out[row, i] = gate[row, i] * up[row, i] * (float32(1) if gate[row, i] >= 0 else e) / (float32(1) + e)
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, in place of `gate`; both `[..., D]`."""
+    """silu(gate) * up; both `[T, D]`, rows equally far apart, or contiguous `[..., D]`."""
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     width = gate.shape[-1]
-    _silu_product(gate.numel(), gate.data_ptr(), up.data_ptr(), gate.numel() // width, width)
-    return gate
+    _silu_product(gate.numel(), gate.data_ptr(), up.data_ptr(), gate.stride(-2), out.data_ptr(), gate.numel() // width,
+                  width)  # fmt: skip
+    return out

@@ -1,8 +1,8 @@
 """Matrix products through oneDNN where that is faster: float32 on CPU, enough rows.
 
 torch multiplies float32 matrices with MKL, which on AMD processors leaves half of their vector units idle: 100 Gflop/s
-a core where oneDNN reaches 200. oneDNN takes the plain weight, so that mapped buffers stay what they are; an engine over
-a small model keeps a copy of the weights in oneDNN's own order besides, which spares each product the reordering.
+a core where oneDNN reaches 200. oneDNN takes the plain weight, so that mapped buffers stay what they are; an engine
+over a small model keeps a copy of the weights in oneDNN's own order besides, which spares each product a reordering.
 """
 
 from __future__ import annotations
@@ -44,19 +44,42 @@ class _Product(torch.autograd.Function):
         )
 
 
+def _worth_it(x: Tensor, weight: Tensor, outputs: int) -> bool:
+    """Whether oneDNN is faster for `x` `[..., I]` times `weight`, with so many outputs."""
+    rows = x.numel() // x.shape[-1]
+    large = rows >= _MIN_ROWS and x.numel() * outputs >= _MIN_PRODUCT
+    return large and x.dtype == torch.float32 and x.device.type == "cpu" and weight.dtype == torch.float32
+
+
 class FastLinear(nn.Linear):
     """`nn.Linear`, faster where it can be."""
 
     ordered: Tensor | None = None  # the weight in oneDNN's order
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        fast = rows >= _MIN_ROWS and rows * self.in_features * self.out_features >= _MIN_PRODUCT
-        if not fast or x.dtype != torch.float32 or x.device.type != "cpu" or self.weight.dtype != torch.float32:
+        if not _worth_it(x, self.weight, self.out_features):
             return functional.linear(x, self.weight, self.bias)
         if torch.is_grad_enabled():
             return _Product.apply(x, self.weight, self.bias)
         return _product(x, self.weight if self.ordered is None else self.ordered, self.bias)
+
+
+class Joint:
+    """Layers that share their input, as one product over a copy of their weights in oneDNN's order."""
+
+    def __init__(self, layers: list[FastLinear], rows: int) -> None:
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        self.outputs = [layer.out_features for layer in layers]
+        self.weight = _ordered(weight, rows)
+        biases = [layer.bias for layer in layers]
+        self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Each layer's outputs for `x` `[T, I]`: columns of one tensor."""
+        return _product(x, self.weight, self.bias).split(self.outputs, -1)
+
+    def fits(self, x: Tensor) -> bool:
+        return not torch.is_grad_enabled() and _worth_it(x, self.weight, sum(self.outputs))
 
 
 def use_fast_products(model: nn.Module) -> None:
@@ -73,8 +96,22 @@ def order_weights(model: nn.Module, rows: int) -> None:
     whenever the weights have changed, and never where they are trained."""
     layers = [module for module in model.modules() if isinstance(module, FastLinear)]
     weights = {id(layer.weight): layer.weight for layer in layers}.values()
-    small = sum(weight.nbytes for weight in weights) <= _MAX_ORDERED
+    if sum(w.nbytes for w in weights) > _MAX_ORDERED or any(
+        w.dtype != torch.float32 or w.device.type != "cpu" for w in weights
+    ):
+        return
+    joined: set[nn.Module] = set()
+    for module in model.modules():
+        for name, parts in getattr(module, "JOINTS", {}).items():
+            members = [getattr(module, part) for part in parts]
+            # A layer that somebody watches or wraps (an adapter) must be called itself.
+            if all(isinstance(m, FastLinear) and not m._forward_hooks for m in members):
+                setattr(module, name, Joint(members, rows))
+                joined.update(members)
     for layer in layers:
-        weight = layer.weight.detach()
-        if small and weight.dtype == torch.float32 and weight.device.type == "cpu":
-            layer.ordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        if layer not in joined:
+            layer.ordered = _ordered(layer.weight.detach(), rows)
+
+
+def _ordered(weight: Tensor, rows: int) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)

@@ -46,7 +46,6 @@ class TorchEngine:
         self.config = config
         self.model_name = str(model)
         self.model = load_model(model, config.device, config.dtype)
-        order_weights(self.model, config.max_num_seqs)
         self.shape = ModelShape.of(self.model)
         weight = next(self.model.parameters())
         self.max_model_len = min(config.max_model_len or self.shape.max_positions, self.shape.max_positions)
@@ -57,6 +56,7 @@ class TorchEngine:
         self.blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
         self.runner = ModelRunner(self.model, self.pool, AdapterSet(self.model, config.adapters))
+        order_weights(self.model, config.max_num_seqs)
         self.weight_version = 0
         self._sequences: dict[str, list[Sequence]] = {}
         self._leases: dict[str, tuple[Lease, list[int]]] = {}
