@@ -39,7 +39,7 @@ class _Product(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
             _product(grad.contiguous(), weight.t()) if of_x else None,
-            rows.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,  # here oneDNN is no faster
+            _weight_gradient(rows, x.reshape(-1, x.shape[-1])) if of_weight else None,
             rows.sum(0) if ctx.has_bias and of_bias else None,
         )
 
@@ -49,6 +49,13 @@ def _worth_it(x: Tensor, weight: Tensor, outputs: int) -> bool:
     rows = x.numel() // x.shape[-1]
     large = rows >= _MIN_ROWS and x.numel() * outputs >= _MIN_PRODUCT
     return large and x.dtype == torch.float32 and x.device.type == "cpu" and weight.dtype == torch.float32
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """`grad` `[T, O]` transposed times `x` `[T, I]`; oneDNN copies its left side, so that is the narrower one."""
+    if grad.shape[1] <= x.shape[1]:
+        return _product(grad.t(), x.t())
+    return _product(x.t(), grad.t()).t().contiguous()
 
 
 class FastLinear(nn.Linear):
