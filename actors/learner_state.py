@@ -7,13 +7,13 @@ import tempfile
 import pyarrow.fs as pafs
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from thornback.actors.locations import join, resolve
+from thornback.actors.locations import join, local_model, resolve
 from thornback.actors.optimizer import Optimizer
 from thornback.actors.policy import Policy
 from thornback.actors.tensor_file import read_tensors, write_tensors
 from thornback.contracts import DataError
+from thornback.data import load_tokenizer
 from thornback.engine.weights import TORCH_DTYPES
 
 
@@ -81,7 +81,7 @@ def export_model(location: str, policy: Policy) -> None:
         policy.model.config.save_pretrained(directory)
         if policy.model.generation_config is not None:
             policy.model.generation_config.save_pretrained(directory)
-        AutoTokenizer.from_pretrained(policy.spec.model).save_pretrained(directory)
+        load_tokenizer(local_model(policy.spec.model)).save_pretrained(directory)
         pafs.copy_files(directory, path, destination_filesystem=filesystem)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -38,19 +39,22 @@ def exists(filesystem: pafs.FileSystem, path: str) -> bool:
     return filesystem.get_file_info(path).type != pafs.FileType.NotFound
 
 
-def local_copy(location: str, cache: str) -> str:
-    """A directory's path on this machine: itself if it is local, else a copy below `cache`, made once."""
-    if is_local(location):
-        return resolve(location)[1]
-    target = os.path.join(cache, location.replace("://", "/").strip("/"))
-    if not os.path.isdir(target):
-        filesystem, path = resolve(location)
-        temporary = f"{target}.{os.getpid()}.tmp"
-        os.makedirs(temporary, exist_ok=True)
-        pafs.copy_files(path, temporary, source_filesystem=filesystem)
+def local_model(model: str) -> str:
+    """A model as libraries take it: a directory of this machine, or a hub name. One at a URI is copied here, once."""
+    if "://" not in model:
+        return model
+    if is_local(model):
+        return resolve(model)[1]
+    target = Path.home() / ".cache" / "thornback" / model.replace("://", "/").strip("/")
+    if not target.is_dir():
+        filesystem, path = resolve(model)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary.mkdir(parents=True, exist_ok=True)
+        pafs.copy_files(path, str(temporary), source_filesystem=filesystem)
         try:
-            os.rename(temporary, target)
+            temporary.rename(target)
         except OSError:  # another process was faster
-            if not os.path.isdir(target):
+            if not target.is_dir():
                 raise
-    return target
+            shutil.rmtree(temporary)
+    return str(target)

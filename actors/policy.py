@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from thornback.actors.locations import local_model
 from thornback.actors.specs import PolicySpec
 from thornback.contracts import ModelError, weight_index
 from thornback.engine import flatten_parameters, load_model, sequence_logprobs
@@ -36,7 +37,7 @@ class Policy:
 
     def __init__(self, spec: PolicySpec, num_ranks: int) -> None:
         self.spec = spec
-        self.model = load_model(spec.model, spec.device, "float32")
+        self.model = load_model(local_model(spec.model), spec.device, "float32")
         self.device = next(self.model.parameters()).device
         auto = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.dtype = auto if spec.dtype == "auto" else TORCH_DTYPES[spec.dtype]
@@ -58,7 +59,7 @@ class Policy:
         return DistributedDataParallel(module, gradient_as_bucket_view=True) if num_ranks > 1 else module
 
     def _load_reference(self, num_ranks: int) -> nn.Module:
-        model = load_model(self.spec.model, self.spec.device, str(self.dtype).removeprefix("torch."))
+        model = load_model(local_model(self.spec.model), self.spec.device, str(self.dtype).removeprefix("torch."))
         module = _Logprobs(model.requires_grad_(False))
         return _shard(module, self.dtype, self.device, num_ranks) if self.spec.strategy == "fsdp2" else module
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 
+from thornback.actors.locations import local_model
 from thornback.actors.supervision import Home
 from thornback.contracts import FINISH_REASONS, Completion, Prompt, RewardScorer, RolloutBatch, offsets_of
 from thornback.data import load_tokenizer
@@ -51,7 +52,7 @@ class RewardModelCore:
 
     def setup(self) -> Home:
         self.scorer = self._make_scorer()
-        self.tokenizer = load_tokenizer(self._tokenizer_path)
+        self.tokenizer = load_tokenizer(local_model(self._tokenizer_path))
         return Home.here()
 
     def score(self, batch: RolloutBatch, prompts: tuple[Prompt, ...], with_texts: bool = False) -> RewardTable:

@@ -10,6 +10,7 @@ import numpy as np
 import ray
 
 from thornback.actors.engines import make_engine
+from thornback.actors.locations import local_model
 from thornback.actors.specs import RolloutSpec
 from thornback.actors.supervision import Home, use_threads
 from thornback.contracts import (
@@ -61,7 +62,7 @@ class RolloutWorkerCore:
         """Load the engine; here and not in the constructor, so that what it raises reaches the driver as it is."""
         threads = use_threads(self.spec.num_threads)
         config = replace(self.spec.engine_config, num_threads=threads)
-        self.engine = make_engine(self.spec.engine, self.spec.model, config)
+        self.engine = make_engine(self.spec.engine, local_model(self.spec.model), config)
         self.version = 0
         return Home.here()
 

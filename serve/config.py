@@ -23,7 +23,7 @@ class EngineSection(BaseModel):
     """Tokens of one forward pass; longer prompts are computed in parts."""
     kv_cache_memory_bytes: int = Field(default=2 << 30, ge=1)
     """Memory of the cache of keys and values."""
-    block_size: int = Field(default=16, ge=1)
+    block_size: int = Field(default=32, ge=1)
     """Tokens of one cache block."""
     enable_prefix_caching: bool = True
     """Share the cache of prompts that begin alike."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
+from thornback.actors.locations import local_model
 from thornback.contracts import ConfigError, ModelError
 from thornback.train.config import RunConfig
 from thornback.train.run_directory import RunDirectory
@@ -22,6 +23,8 @@ def check_model(config: RunConfig) -> None:
         return
     if path is None:
         raise ConfigError("model: give model.path (a model directory or a hub name) or model.build.")
+    if "://" in path:
+        return
     directory = Path(path)
     if not directory.is_dir():
         if directory.is_absolute() or path.startswith("."):
@@ -76,4 +79,4 @@ def _build(config: RunConfig, directory: str) -> None:
 def _warm_start(config: RunConfig, model: str, directory: str) -> None:
     from thornback.train.warm_start import warm_start
 
-    warm_start(config, model, directory)
+    warm_start(config, local_model(model), directory)

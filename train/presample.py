@@ -12,7 +12,7 @@ from ray import ObjectRef
 from ray import data as ray_data
 
 from thornback.actors import ActorPool, AnchorSampler, Restarts, actor_options, anchors_of
-from thornback.actors.locations import exists
+from thornback.actors.locations import exists, local_model
 from thornback.algorithms import fate
 from thornback.contracts import (
     Anchor,
@@ -185,7 +185,7 @@ def worth_training(
 
 def check_same_tokenizer(model: str, larger: str) -> None:
     """Raise `ConfigError` unless two models turn every text into the same tokens."""
-    ours, theirs = load_tokenizer(model), load_tokenizer(larger)
+    ours, theirs = (load_tokenizer(local_model(m)) for m in (model, larger))
     probe = "The sum of 17 and 25 is 42.\n<think>déjà vu</think> 你好 " * 2
     if ours.get_vocab() != theirs.get_vocab() or ours(probe).input_ids != theirs(probe).input_ids:
         raise ConfigError(

@@ -23,8 +23,8 @@ class RunDirectory:
     """
 
     def __init__(self, location: str) -> None:
-        self.location = location
         self.filesystem, self.root = resolve(location)
+        self.location = self.root if is_local(location) else location
         self.filesystem.create_dir(self.root, recursive=True)
         self.metrics = JsonLines(self.filesystem, f"{self.root}/metrics.jsonl")
         self.evaluation = JsonLines(self.filesystem, f"{self.root}/evaluation.jsonl")
@@ -36,7 +36,7 @@ class RunDirectory:
 
     def at(self, *parts: str) -> str:
         """A location below the run's, as actors and readers take it."""
-        return join(self.location if "://" in self.location else self.root, *parts)
+        return join(self.location, *parts)
 
     def path(self, *parts: str) -> str:
         """The same as a path in `filesystem`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,9 +65,12 @@ class Session:
         return self._prompts("test", self.config.evaluation.num_prompts)
 
     def _prompts(self, split: str, count: int | None) -> list[TokenizedPrompt]:
-        prompts, num_too_long = tokenize_prompts(self.config, self.problem.task, self.model, split, count)
-        if num_too_long:
-            self.run.event("prompts_left_out", f"{num_too_long} prompts of {split} are too long for the model")
+        prompts, too_long = tokenize_prompts(self.config, self.problem.task, self.model, split, count)
+        if too_long:
+            some = ", ".join(too_long[:5]) + (", ..." if len(too_long) > 5 else "")
+            message = f"{len(too_long)} prompts of {split} are too long for the model and left out: {some}"
+            self.run.event("prompts_left_out", message)
+            print(message, file=sys.stderr)
         return prompts
 
 

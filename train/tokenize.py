@@ -6,6 +6,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
+from thornback.actors.locations import local_model
 from thornback.contracts import DataError, Task
 from thornback.data import load_tokenizer, render_prompt
 from thornback.train.config import RunConfig
@@ -14,25 +15,28 @@ from thornback.train.prompts import TokenizedPrompt
 
 def tokenize_prompts(
     config: RunConfig, task: Task, model: str, split: str, count: int | None
-) -> tuple[list[TokenizedPrompt], int]:
-    """The first `count` prompts of a split (None: all) that leave room for an answer in the model's context, and the
-    number of those that do not. Raises `DataError` if none is left."""
+) -> tuple[list[TokenizedPrompt], list[str]]:
+    """The first `count` prompts of a split (None: all) that leave room for an answer in the model's context, and where
+    the others stand (file and row, or the prompt's key). Raises `DataError` if none is left."""
+    model = local_model(model)
     tokenizer = load_tokenizer(model)
     context = context_length(model)
     room = [config.data.max_prompt_tokens, None if context is None else context - config.rollout.max_tokens]
     limit = min((n for n in room if n is not None), default=None)
     kept: list[TokenizedPrompt] = []
-    num_too_long = 0
+    too_long: list[str] = []
     for prompt in islice(task.prompts(split), count):
         ids = render_prompt(tokenizer, prompt.messages, task.system_prompt)
         if limit is not None and len(ids) > limit:
-            num_too_long += 1
+            too_long.append(f"{prompt.extra.get('source', prompt.key)} ({len(ids)} tokens)")
         else:
             kept.append(TokenizedPrompt(prompt, tuple(ids)))
     if not kept:
-        why = f"all {num_too_long} are longer than {limit} tokens" if num_too_long else "there are none"
+        why = (
+            f"all {len(too_long)} are longer than {limit} tokens, {too_long[0]} first" if too_long else "there are none"
+        )
         raise DataError(f"The task {task.name} has no usable prompts in {split}: {why}.")
-    return kept, num_too_long
+    return kept, too_long
 
 
 def context_length(model: str) -> int | None:

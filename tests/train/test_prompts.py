@@ -1,13 +1,18 @@
-"""Which prompts a step sees, and from which seeds: functions of the step."""
+"""Which prompts a run keeps, which a step sees, and from which seeds: functions of the step."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thornback.contracts import Anchor, Prompt
+from thornback.contracts import Anchor, DataError, Prompt
+from thornback.train import Trainer, make_config
 from thornback.train.prompts import PromptSource, TokenizedPrompt, seed_of
+from thornback.train.tokenize import tokenize_prompts
 
 
 def prompts(count):
@@ -65,3 +70,23 @@ def test_cached_trajectories_come_along():
     shard = PromptSource(prompts(2), 0, 2, shuffle=False).batch(0, anchors).shard
     assert shard.trajectories[0] is None
     assert shard.trajectories[1] == (trajectory, logprobs)
+
+
+def test_prompts_too_long_for_the_model_are_named_by_file_and_row(tiny_model, tmp_path, capsys):
+    path = tmp_path / "mixed.jsonl"
+    rows = [{"prompt": "x" * n, "answer": "1"} for n in (5, 400, 6, 500)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"path": str(tiny_model("qwen3"))},
+        "task": {"name": "math", "options": {"path": str(path)}},
+        "data": {"max_prompt_tokens": 100},
+        "algorithm": {"estimator": "dvao"},
+    }
+    trainer = Trainer(values)
+    kept, too_long = tokenize_prompts(trainer.config, trainer.problem.task, values["model"]["path"], "train", None)
+    assert [p.prompt.extra["source"] for p in kept] == [f"{path}:1", f"{path}:3"]
+    assert [line.partition(" (")[0] for line in too_long] == [f"{path}:2", f"{path}:4"]
+    config = make_config({**values, "data": {"max_prompt_tokens": 2}})
+    with pytest.raises(DataError, match=r"all 4 are longer than 2 tokens, .*mixed\.jsonl:1"):
+        tokenize_prompts(config, trainer.problem.task, values["model"]["path"], "train", None)

@@ -59,7 +59,7 @@ def test_where_files_cannot_grow_they_are_written_at_flush(tmp_path):
 def test_a_uri_is_a_place_like_any(tmp_path):
     run = RunDirectory(f"file://{tmp_path}/run")
     assert run.is_local
-    assert run.at("model") == f"file://{tmp_path}/run/model"
+    assert run.at("model") == f"{tmp_path}/run/model"
     run.write_text("a.txt", "text")
     assert run.read_text("a.txt") == "text"
     assert run.read_text("b.txt") is None

@@ -16,6 +16,7 @@ from tests.train.tiny_run import REWARDS, Lucky, comparable, events, settings, t
 from thornback import Trainer
 from thornback.contracts import ConfigError, RewardError
 from thornback.data import read_anchors, read_rollouts
+from thornback.train import evaluate, make_config
 
 KEYS = {
     "step",
@@ -71,7 +72,11 @@ def test_a_few_lines_train_a_model(ray_cluster, tiny_model, tmp_path):
     def more_digits(completion):
         return sum(c.isdigit() for c in completion.text) / max(len(completion.text), 1)
 
-    short = {"run": {"dir": str(tmp_path), "steps": 12}, "learner": {"learning_rate": 3e-3}, "evaluation": {"every": 0}}
+    short = {
+        "run": {"dir": f"file://{tmp_path}", "steps": 12},
+        "learner": {"learning_rate": 3e-3},
+        "evaluation": {"every": 0},
+    }
     short |= {"rollout": {"max_tokens": 16, "num_threads": 1}, "data": {"prompts_per_step": 8}}
     result = Trainer(short, model=tiny_model("qwen3"), data=Lucky(), reward=more_digits).train()
     shares = [row["reward/more_digits/mean"] for row in lines(tmp_path / "metrics.jsonl")]
@@ -153,6 +158,21 @@ def test_other_settings_in_the_same_directory_are_refused(finished, tiny_model):
     values = settings(tiny_model("qwen3"), directory, learner={"learning_rate": 0.5}, rollout={"num_workers": 2})
     with pytest.raises(ConfigError, match=r"other settings \(learner.learning_rate\); take another run.dir"):
         trainer(values).train()
+
+
+def test_the_finished_model_is_evaluated_by_itself(finished, tiny_model, capsys):
+    directory, result = finished
+    values = settings(
+        tiny_model("qwen3"), directory, run={"steps": 4, "save_rollouts": True}, rollout={"num_workers": 2}
+    )
+    values["rewards"] = {name: {} for name in REWARDS}
+    config = trainer(values).config
+    functions = {name: {"function": f"tests.train.tiny_run:{name}"} for name in REWARDS}
+    (directory / "config.yaml").unlink()  # the same run, its rewards by import path
+    rows = evaluate(make_config({**config.model_dump(), "rewards": functions}))
+    for row in rows:
+        assert row == {k: v for k, v in result.after[row["mode"]].items() if k != "step"}
+    assert "reward/digits" in capsys.readouterr().out
 
 
 def test_adapters_a_kl_and_anchors_that_are_estimated_again(ray_cluster, tiny_model, tmp_path):
