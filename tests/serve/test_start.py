@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import httpx
 import numpy as np
 import pytest
@@ -34,6 +36,9 @@ def test_a_server_in_a_ray_that_runs(ray_cluster, byte_model, tmp_path):
         view = copy_parameters(load_model(byte_model))
         other = WeightView(view.buffer.view(np.float32)[::-1].copy().view(np.uint8), view.index)
         handle = ray_serve.get_deployment_handle("Replica", server.config.app_name)
+        deadline = time.monotonic() + 30  # a new handle hears of the replicas one by one
+        while len(handle.broadcast("load").results(timeout_s=30)) < 2:
+            assert time.monotonic() < deadline
         handle.broadcast("load_weights", other, 7).results(timeout_s=60)
         after = [ask(server) for _ in range(4)]
         assert {answer.headers["x-thornback-weight-version"] for answer in after} == {"7"}
