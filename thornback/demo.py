@@ -37,7 +37,7 @@ SETTINGS = {
         "num_threads": 1,
         "engine_options": {"max_model_len": 128},
     },
-    "algorithm": {"estimator": "anchored_dvao"},
+    "algorithm": {"estimator": "anchored_dvao", "kl_weight": 1e-3},
     "learner": {
         "num_ranks": 2,
         "num_threads": 1,
@@ -72,8 +72,8 @@ def run_demo(seed: int = 0, directory: str = "") -> None:
     console.print(f"thornback demo with seed {seed}: everything goes to {config.directory}/", highlight=False)
     with cluster(config.run.address):
         train(config, console)
-        with stage(console, "Serving the model, and asking it through the openai client"):
-            serve_and_ask(config, console)
+    with stage(console, "Serving the model, and asking it through the openai client"):
+        serve_and_ask(config, console)
     changes = before_and_after(read_run(config.directory))
     console.print("\n", table_of(changes), sep="")
     console.print(f"Report: {config.directory}/report.html", highlight=False)
