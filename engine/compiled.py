@@ -94,20 +94,22 @@ class Kernel:
     after task by `next_task` until there are no more."""
 
     def __init__(self, fields: str) -> None:
-        columns = [(name, np.float32 if name in _FLOATS else np.int64) for name in ("next_task", *fields.split())]
-        self._struct = np.dtype(columns, align=True)
+        names = ("next_task", *fields.split())
+        columns = [(name, ctypes.c_float if name in _FLOATS else ctypes.c_int64) for name in names]
+        self._struct = type("Arguments", (ctypes.Structure,), {"_fields_": columns})
 
     def __call__(self, function: Callable) -> Callable[..., None]:
-        compiled = cfunc(types.void(types.CPointer(from_dtype(self._struct))), **OPTIONS)(function)
+        compiled = cfunc(types.void(types.CPointer(from_dtype(np.dtype(self._struct)))), **OPTIONS)(function)
+        struct = self._struct
         run_alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
 
         def run(size: int, *values: float) -> None:
             """`values`: the fields; `size`: how many numbers there are to work on."""
-            arguments = np.array((0, *values), self._struct)
+            arguments = struct(0, *values)
             threads = torch.get_num_threads()
             if size < _SMALL or threads == 1 or _run_parallel is None:
-                run_alone(arguments.ctypes.data)
+                run_alone(ctypes.byref(arguments))
             else:
-                _run_parallel(compiled.address, arguments.ctypes.data, threads, 0)
+                _run_parallel(compiled.address, ctypes.byref(arguments), threads, 0)
 
         return run

@@ -63,7 +63,7 @@ class _Attention(nn.Module):
             parts = self.joint(x)
         else:
             parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        q, k, v = (part.view(len(x), -1, self.head_dim) for part in parts)
         q, k = (_rotated(x, getattr(self, norm, None), *angles) for x, norm in ((q, "q_norm"), (k, "k_norm")))
         out = batch.attend(self.layer_idx, q, k, v, self.scaling, getattr(self, "sliding_window", None))
         return self.o_proj(out.reshape(len(x), -1))
@@ -106,10 +106,20 @@ class _Model(nn.Module):
     ) -> BaseModelOutputWithPast:
         """`input_ids` and `position_ids` `[1, T]`."""
         x = self.embed_tokens(input_ids[0])
-        angles = tuple(part[0, :, : part.shape[-1] // 2].contiguous() for part in self.rotary_emb(x, position_ids))
+        angles = _angles(self.rotary_emb, x, position_ids)
         for layer in self.layers:
             x = layer(x, angles, batch)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x)[None])
+
+
+def _angles(rotary: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position's angles, `[T, head_dim / 2]`."""
+    if rotary.rope_type in ("dynamic", "longrope"):  # the frequencies depend on the positions
+        cos, sin = rotary(x, position_ids)
+        half = cos.shape[-1] // 2
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+    angles = torch.outer(position_ids[0].float(), rotary.inv_freq)
+    return (angles.cos() * rotary.attention_scaling).to(x.dtype), (angles.sin() * rotary.attention_scaling).to(x.dtype)
 
 
 _LEAN = {"RMSNorm": _RMSNorm, "MLP": _MLP, "Attention": _Attention, "DecoderLayer": _DecoderLayer, "Model": _Model}

@@ -160,14 +160,16 @@ class TorchEngine:
         drawing: list[Sequence] = []
         rows: list[int] = []
         for item, row in zip(batch, first_row, strict=True):
-            self._keep_prompt_scores(item, logits, row)
-            draws = item.draws
-            item.seq.num_computed_tokens += item.num_tokens
+            seq, draws, last_row = item.seq, item.draws, row
+            if seq.prompt_logprobs is not None:
+                self._keep_prompt_scores(item, logits, row)
+                if seq.num_computed_tokens < seq.num_prompt_tokens:
+                    last_row += item.num_tokens - 1  # it has a row for each of its tokens
+            seq.num_computed_tokens += item.num_tokens
             if draws:
-                wide = item.seq.prompt_logprobs is not None and len(item.seq.token_ids) == item.seq.num_prompt_tokens
-                ready = [item.seq, *self._fork(item.seq)]
-                drawing += ready
-                rows += [row + item.num_tokens - 1 if wide else row] * len(ready)
+                forked = list(self._fork(seq)) if seq.siblings else []
+                drawing += [seq, *forked]
+                rows += [last_row] * (1 + len(forked))
         if not drawing:
             return []
         picked = logits if rows == list(range(len(logits))) else logits[torch.tensor(rows, device=logits.device)]
