@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -64,6 +65,7 @@ class RolloutWorkerCore:
         config = replace(self.spec.engine_config, num_threads=threads)
         self.engine = make_engine(self.spec.engine, local_model(self.spec.model), config)
         self.version = 0
+        gc.freeze()  # what is loaded by now stays: going through it at every collection costs 5% of a rollout
         return Home.here()
 
     @ray.method(num_returns=2)

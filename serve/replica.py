@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from collections.abc import AsyncGenerator
@@ -39,6 +40,7 @@ class Replica:
 
         self._loop = EngineLoop(make_engine, on_failure=_die)
         await self._loop.ready()
+        gc.freeze()  # what is loaded by now stays, and need not be gone through at every collection
 
     async def generate(self, request: Request, streaming: bool, timeout_s: float) -> AsyncGenerator[list[Output], None]:
         """The outputs of a request: as they come, or all in one item at the end. Ends after `timeout_s` seconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 from benchmarks.worker import TurnTaker
@@ -13,6 +14,7 @@ from thornback.engine import TorchEngine, generate
 def rollout(turns: TurnTaker, model: str, threads: int, workload: dict[str, int]) -> None:
     work, turn = Workload(**workload), 0
     engine = TorchEngine(model, EngineConfig(num_threads=threads))
+    gc.freeze()  # as the actor does
     while turns.wait():
         requests = [
             Request(str(i), tuple(ids), SamplingParams(max_tokens=work.new_tokens, ignore_eos=True, seed=i))
