@@ -26,6 +26,7 @@ QUICK_ROUNDS = 2
 START_SECONDS = 300.0
 TURN_SECONDS = 180.0
 STOP_SECONDS = 20.0
+SETTLE_SECONDS = 0.5  # threads of Intel's OpenMP spin for 0.2 s after their work, on cores that are the next peer's
 
 
 class PeerFailed(RuntimeError):
@@ -73,6 +74,7 @@ def alternate(
             say(f"round {number + 1} of {rounds}")
             first = number % len(running)
             for process in running[first:] + running[:first]:
+                time.sleep(SETTLE_SECONDS)
                 values[process.peer.name].append(process.turn())
     finally:
         for process in running:
