@@ -6,7 +6,6 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from benchmarks.worker import TurnTaker
 
@@ -64,7 +63,7 @@ class Arithmetic:
 
 def rate(turns: TurnTaker, products: list[tuple[int, int, int]], rows: int, threads: int) -> None:
     """A peer that does nothing but this model's matrix products in float32, `rows` tokens at a time, and reports
-    operations per second: with torch.mm, and with oneDNN's product, which is faster on some processors."""
+    operations per second, at the best: with torch.mm, and with oneDNN's product, which is faster on some processors."""
     import torch
 
     torch.set_num_threads(threads)
@@ -84,4 +83,4 @@ def rate(turns: TurnTaker, products: list[tuple[int, int, int]], rows: int, thre
 
     with torch.inference_mode():
         while turns.wait():
-            turns.report(**{name: operations / median(seconds(f) for _ in range(50)) for name, f in functions.items()})
+            turns.report(**{name: operations / min(seconds(f) for _ in range(50)) for name, f in functions.items()})

@@ -74,15 +74,15 @@ def measure_model(results: Results, ratio: str, size: str, quick: bool, say: Cal
     results.rows += [step_row(turns[name], size, threads, rate) for name, rate in rates.items()]
     results.ratios[ratio] = rates[OURS] / rates[TRL]
     limit = turns[PRODUCTS]
-    fastest = max(limit.median("mm"), limit.median("onednn"))
+    fastest = max(max(limit.all("mm")), max(limit.all("onednn")))
     share = needed / turns[OURS].median("seconds") / fastest
     results.rows.append(
         {
             "name": PRODUCTS,
             "model": size,
             "threads": threads,
-            "mm_gflops": limit.median("mm") / 1e9,
-            "onednn_gflops": limit.median("onednn") / 1e9,
+            "mm_gflops": max(limit.all("mm")) / 1e9,
+            "onednn_gflops": max(limit.all("onednn")) / 1e9,
             "step_gflop": needed / 1e9,
             "of_arithmetic_limit": share,
         }
