@@ -129,3 +129,21 @@ def test_ordered_copies_follow_the_weights(tiny_model, architecture, monkeypatch
         assert after[key][0].token_ids.tolist() == wanted[key][0].token_ids.tolist()
         np.testing.assert_allclose(after[key][0].logprobs, wanted[key][0].logprobs, atol=1e-5)
     assert any(before[k][0].token_ids.tolist() != after[k][0].token_ids.tolist() for k in wanted)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_long_prompts_beside_single_tokens(tiny_model, architecture, monkeypatch) -> None:
+    """Many new tokens of a sequence are gathered for torch's kernel, few are read by ours; a pass may hold both."""
+    requests = [
+        Request(str(i), tuple(int(t) for t in range(4, 8 + 11 * (i % 4))), SamplingParams(max_tokens=3 + 2 * i, seed=i))
+        for i in range(9)
+    ]
+    results = []
+    for few in (1 << 30, 9, 1):
+        monkeypatch.setattr("thornback.engine.attention._FEW", few)
+        config = EngineConfig(num_threads=1, max_num_seqs=3, max_num_batched_tokens=24, enable_prefix_caching=False)
+        results.append(generate(TorchEngine(tiny_model(architecture), config), requests))
+    for other in results[1:]:
+        for key, (sample_,) in results[0].items():
+            assert other[key][0].token_ids.tolist() == sample_.token_ids.tolist()
+            np.testing.assert_allclose(other[key][0].logprobs, sample_.logprobs, atol=1e-5)
