@@ -10,6 +10,7 @@ numba does not see when a function that another one calls has changed in another
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,10 @@ from llvmlite import ir
 from numba import carray, cfunc, from_dtype, njit, types
 from numba.extending import intrinsic
 
+# numba keeps what it compiled beside the source or in the user's cache, and refuses to keep it where it may not write.
+_KEEP = any(os.access(place, os.W_OK) for place in (os.path.dirname(__file__), os.path.expanduser("~")))
 # Sums may be taken in any order and products fused; infinities and NaN keep their meaning.
-OPTIONS: dict[str, Any] = {"cache": True, "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
+OPTIONS: dict[str, Any] = {"cache": _KEEP, "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
 _SMALL = 1 << 15  # numbers below which one thread is done before several have begun
 _FLOATS = ("scaling", "epsilon")
 
