@@ -13,15 +13,13 @@ if TYPE_CHECKING:
     from thornback.contracts import Completion, Engine, EngineConfig, Prompt, Request, SamplingParams, ThornbackError
     from thornback.engine import TorchEngine, generate, load_model
     from thornback.serve import ServeConfig
-    from thornback.train import RunConfig, RunResult, Trainer, build_model, load_recipe
-    from thornback.train.jobs import evaluate, presample
+    from thornback.train import RunConfig, RunResult, Trainer, build_model, evaluate, load_recipe, presample
 
 _EXPORTS = {
     "contracts": "Completion Engine EngineConfig Prompt Request SamplingParams ThornbackError",
     "engine": "TorchEngine generate load_model",
     "serve": "ServeConfig",
-    "train": "RunConfig RunResult Trainer build_model load_recipe",
-    "train.jobs": "evaluate presample",  # not through the room: it has modules of these names
+    "train": "RunConfig RunResult Trainer build_model evaluate load_recipe presample",
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 

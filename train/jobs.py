@@ -10,9 +10,9 @@ from rich.table import Table
 from thornback.contracts import Anchor, ConfigError
 from thornback.train.config import RunConfig
 from thornback.train.crew import Crew
-from thornback.train.evaluate import Evaluator
+from thornback.train.evaluation import Evaluator
 from thornback.train.model import check_model
-from thornback.train.presample import anchors_for, worth_training
+from thornback.train.presampling import anchors_for, worth_training
 from thornback.train.problem import Problem
 from thornback.train.session import Session
 from thornback.train.settings import Settings

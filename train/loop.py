@@ -15,7 +15,7 @@ from thornback.data import read_anchors
 from thornback.train.checkpoint import Checkpoints
 from thornback.train.config import RunConfig
 from thornback.train.crew import Crew, Rollouts, sampling_of
-from thornback.train.evaluate import Evaluator, save_rollouts
+from thornback.train.evaluation import Evaluator, save_rollouts
 from thornback.train.interrupt import Interrupt
 from thornback.train.objective import Objective, reward_metrics
 from thornback.train.prompts import PromptSource

@@ -9,10 +9,10 @@ from typing import Any
 from thornback.train.checkpoint import Checkpoints
 from thornback.train.config import RunConfig
 from thornback.train.crew import Crew
-from thornback.train.evaluate import Evaluator
+from thornback.train.evaluation import Evaluator
 from thornback.train.loop import Loop
 from thornback.train.objective import Objective
-from thornback.train.presample import anchors_for, refreshed_anchors, worth_training
+from thornback.train.presampling import anchors_for, refreshed_anchors, worth_training
 from thornback.train.problem import Problem
 from thornback.train.progress import ProgressBar
 from thornback.train.prompts import PromptSource

@@ -1,6 +1,7 @@
 """The house stands: imports point strictly down its floors, and nobody imports a room by its bare name."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,13 @@ def test_every_room_is_linked_under_the_front_door():
         link = ROOT / "thornback" / room
         assert link.is_symlink()
         assert link.readlink() == Path("..") / room
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_a_public_name_is_no_modules_name(room):
+    """Where both have one name, what an import gives would hang on what was imported before."""
+    tree = importlib.import_module(f"thornback.{room}")
+    modules = {path.stem for path in (ROOT / room).glob("*.py")}
+    shared = {name for name in tree.__all__ if name in modules}
+    assert all(callable(getattr(tree, name)) for name in shared)
+    assert shared <= {"generate"}, "its __init__ imports the function at once, which settles it"

@@ -9,7 +9,7 @@ from thornback.contracts import Anchor, ConfigError, DataError
 from thornback.data import character_tokenizer, read_anchors, read_rollouts
 from thornback.train import Trainer, build_model, presample
 from thornback.train.config import make_config
-from thornback.train.presample import check_same_tokenizer, worth_training
+from thornback.train.presampling import check_same_tokenizer, worth_training
 from thornback.train.prompts import TokenizedPrompt
 
 NUM_ROLLOUTS = 6

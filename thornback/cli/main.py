@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()  # here, and not at the interpreter's end, where nobody can catch what it raises
     except ThornbackError as error:
         print(f"thornback: {error}", file=sys.stderr)
         return USER_ERROR
