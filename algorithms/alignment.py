@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thornback.contracts import BlockRun
 
-
-def runs_of(blocks: Sequence[int]) -> list[BlockRun]:
-    """Neighbouring blocks, in the order given, as runs."""
-    return [BlockRun(start, length) for start, _, length in align_runs(blocks, blocks)]
+def runs_of(blocks: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring blocks, in the order given, as runs: `(start, length)`."""
+    return [(start, length) for start, _, length in align_runs(blocks, blocks)]
 
 
 def align_runs(sender: Sequence[int], receiver: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -12,6 +12,7 @@ from xgrammar import GrammarMatcher
 
 from thornback.algorithms import runs_of
 from thornback.contracts import (
+    BlockRun,
     EngineConfig,
     EngineLoad,
     InFlight,
@@ -262,7 +263,7 @@ class TorchEngine:
             request_id=seq.request.request_id,
             token_ids=tuple(seq.token_ids),
             num_tokens=seq.num_computed_tokens,
-            runs=tuple(runs_of(used)),
+            runs=tuple(BlockRun(*run) for run in runs_of(used)),
             location=self.pool.location,
             lease=lease,
             dtype=self.pool.dtype,
