@@ -19,8 +19,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from thornback.contracts import ModelError
 from thornback.engine import kernels
+from thornback.engine.paged_attention import paged_attention
 
 ATTENTION_NAME = "thornback"
+_AHEAD = 128  # tokens for whose blocks a table has room, so that coming passes can go on with it
 _FEW = 256  # new tokens of a sequence below which gathering its keys costs more than torch's faster kernel wins
 
 
@@ -142,7 +144,8 @@ class PagedBatch:
         owners = np.repeat(np.arange(len(counts)), counts)
         places = np.arange(len(owners))
         positions = places + (before - starts)[owners]
-        table = np.zeros((len(tables), -(-int((counts + before).max()) // size)), np.int64)
+        width = -(-(int((counts + before).max()) + _AHEAD) // size)
+        table = np.zeros((len(tables), width), np.int64)
         for row, blocks in zip(table, tables, strict=True):
             row[: len(blocks)] = blocks[: len(row)]
         slots = table[owners, positions // size] * (layers * 2 * kv_heads * size) + positions % size
@@ -164,36 +167,56 @@ class PagedBatch:
             direct,
         )
 
+    def advance(self, contexts: list[int], tables: list[list[int]]) -> bool:
+        """Make a pass of one token of each sequence, all of them `direct`, that of the token after it. False, and
+        nothing done, if the sequences are not there, or if the tables have no room for their blocks."""
+        assert self.direct is not None
+        positions, slots, table = (x.numpy() for x in (self.positions, self.slots, self.direct.tables))
+        _, layers, _, kv_heads, size, _ = self.pool.shape
+        entering = np.flatnonzero(positions % size == size - 1)
+        full = len(entering) > 0 and positions[entering].max() // size + 1 >= table.shape[1]
+        if full or not (positions + 1 == contexts).all():
+            return False
+        positions += 1
+        slots += 1
+        self.direct.lengths.numpy()[:] += 1
+        for row in entering.tolist():  # a new block
+            column = positions[row] // size
+            table[row, column] = tables[row][column]
+            first = tables[row][column] * layers * 2 * kv_heads * size
+            slots[row * kv_heads : (row + 1) * kv_heads] = first + np.arange(kv_heads) * size
+        return True
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
         """Write the new keys and values, then read every sequence's own: `[T, heads, D]` of all tokens."""
         self._write(layer, k, v)
-        _, _, _, kv_heads, block_size, d = self.pool.shape
-        blocks = self.pool.view(-1, block_size * d)
-        whole = self.direct is None and len(self.groups) == 1 and self.groups[0].back is None
-        out = q if whole else torch.empty_like(q, memory_format=torch.contiguous_format)
+        if self.direct is None and len(self.groups) == 1 and self.groups[0].back is None:
+            return self._read(self.groups[0], layer, q, scaling, window)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if self.direct is not None:
-            x = self.direct
-            kernels.paged_attention(
-                q, self.pool, layer, x.tokens, x.owners, x.lengths, x.tables, window, scaling or d**-0.5, out
-            )
+            x, scale = self.direct, scaling or q.shape[-1] ** -0.5
+            paged_attention(q, self.pool, layer, x.tokens, x.owners, x.lengths, x.tables, window, scale, out)
+        self.attend_groups(layer, q, out, scaling, window)
+        return out
+
+    def attend_groups(self, layer: int, q: Tensor, out: Tensor, scaling: float | None, window: int | None) -> None:
+        """Read what the sequences in `groups` own, for their rows of `q`, into those of `out`, `[T, heads, D]`."""
         for group in self.groups:
-            index = group.blocks + layer * 2 * kv_heads
-            keys, values = (
-                blocks.index_select(0, i).view(group.num_sequences * kv_heads, -1, d) for i in (index, index + kv_heads)
-            )
-            if whole:
-                return group.attention(q, keys, values, scaling, window)
-            mixed = group.attention(q.index_select(0, group.rows), keys, values, scaling, window)
+            mixed = self._read(group, layer, q.index_select(0, group.rows), scaling, window)
             if group.back is None:
                 out.index_copy_(0, group.rows, mixed)
             else:
                 out.index_copy_(0, group.tokens, mixed.index_select(0, group.back))
-        return out
+
+    def _read(self, group: PagedGroup, layer: int, q: Tensor, scaling: float | None, window: int | None) -> Tensor:
+        _, _, _, kv_heads, block_size, d = self.pool.shape
+        blocks, index = self.pool.view(-1, block_size * d), group.blocks + layer * 2 * kv_heads
+        keys, values = (
+            blocks.index_select(0, i).view(group.num_sequences * kv_heads, -1, d) for i in (index, index + kv_heads)
+        )
+        return group.attention(q, keys, values, scaling, window)
 
     def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        if kernels.usable(self.pool):
-            kernels.store(k, v, self.pool, self.slots, layer)
-            return
         _, _, _, kv_heads, block_size, d = self.pool.shape
         rows, slots = self.pool.view(-1, d), self.slots + layer * 2 * kv_heads * block_size
         rows.index_copy_(0, slots, k.reshape(-1, d))

@@ -96,7 +96,7 @@ class BlockManager:
         share blocks even within one pass.
         """
         size = self.block_size
-        if not (self.enable_prefix_caching and seq.cacheable):
+        if num_tokens // size <= seq.num_hashed_blocks or not (self.enable_prefix_caching and seq.cacheable):
             return
         for i in range(seq.num_hashed_blocks, num_tokens // size):
             parent = seq.prefix_node if i else seq.request.adapter

@@ -6,16 +6,13 @@ fast. Models whose modules are not of these classes run through transformers' co
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-
-from thornback.engine import kernels
-from thornback.engine.linear import Joint
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3")
 
@@ -25,30 +22,19 @@ class _RMSNorm(nn.Module):
     variance_epsilon: float
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels.usable(x):
-            return kernels.rms_norm(x.contiguous(), self.weight, self.variance_epsilon)
         return functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 class _MLP(nn.Module):
-    JOINTS: ClassVar = {"joint": ("gate_proj", "up_proj")}
-    joint: Joint | None = None
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.joint is not None and self.joint.fits(x):
-            gate, up = self.joint(x)
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        inner = kernels.silu_product(gate, up) if kernels.usable(gate) else functional.silu(gate) * up
-        return self.down_proj(inner)
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class _Attention(nn.Module):
-    JOINTS: ClassVar = {"joint": ("q_proj", "k_proj", "v_proj")}
-    joint: Joint | None = None
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -59,11 +45,7 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: Any) -> Tensor:
         """`x` `[T, H]`; `angles`: cos and sin `[T, head_dim / 2]`."""
-        if self.joint is not None and self.joint.fits(x):
-            parts = self.joint(x)
-        else:
-            parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (part.view(len(x), -1, self.head_dim) for part in parts)
+        q, k, v = (project(x).view(len(x), -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = (_rotated(x, getattr(self, norm, None), *angles) for x, norm in ((q, "q_norm"), (k, "k_norm")))
         out = batch.attend(self.layer_idx, q, k, v, self.scaling, getattr(self, "sliding_window", None))
         return self.o_proj(out.reshape(len(x), -1))
@@ -71,12 +53,6 @@ class _Attention(nn.Module):
 
 def _rotated(x: Tensor, norm: nn.Module | None, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` `[T, heads, D]`, normalised head by head where the model does so, and rotated by its positions' angles."""
-    if kernels.usable(x):
-        if norm is None:
-            kernels.rotate(x, cos, sin, None, 0.0)
-        else:
-            kernels.rotate(x, cos, sin, norm.weight, norm.variance_epsilon)
-        return x
     if norm is not None:
         x = norm(x)
     left, right = x.chunk(2, -1)
@@ -106,13 +82,13 @@ class _Model(nn.Module):
     ) -> BaseModelOutputWithPast:
         """`input_ids` and `position_ids` `[1, T]`."""
         x = self.embed_tokens(input_ids[0])
-        angles = _angles(self.rotary_emb, x, position_ids)
+        turns = angles(self.rotary_emb, x, position_ids)
         for layer in self.layers:
-            x = layer(x, angles, batch)
+            x = layer(x, turns, batch)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x)[None])
 
 
-def _angles(rotary: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def angles(rotary: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of each position's angles, `[T, head_dim / 2]`."""
     if rotary.rope_type in ("dynamic", "longrope"):  # the frequencies depend on the positions
         cos, sin = rotary(x, position_ids)
@@ -123,6 +99,11 @@ def _angles(rotary: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor,
 
 
 _LEAN = {"RMSNorm": _RMSNorm, "MLP": _MLP, "Attention": _Attention, "DecoderLayer": _DecoderLayer, "Model": _Model}
+
+
+def is_lean(base: nn.Module) -> bool:
+    """Whether a model without its head is of a known family, and has the forward passes of this file."""
+    return isinstance(base, _Model)
 
 
 def use_lean_forward(model: PreTrainedModel) -> None:

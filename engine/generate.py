@@ -30,7 +30,10 @@ class Collector:
     def take(self, outputs: Iterable[Output]) -> None:
         for out in outputs:
             key = (out.request_id, out.index)
-            tokens, logprobs, versions = self._parts.setdefault(key, ([], [], []))
+            parts = self._parts.get(key)
+            if parts is None:
+                parts = self._parts[key] = ([], [], [])
+            tokens, logprobs, versions = parts
             tokens += out.token_ids
             logprobs += out.logprobs
             versions += [out.weight_version] * len(out.token_ids)

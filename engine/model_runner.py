@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from thornback.engine.attention import PagedBatch
+from thornback.engine.decoder_program import DecoderProgram
 from thornback.engine.kv_pool import KVPool
 from thornback.engine.lora import AdapterSet
 from thornback.engine.randomness import positional_uniform
@@ -20,56 +21,92 @@ from thornback.engine.structured import GrammarCompiler
 
 
 class ModelRunner:
-    """Owns the model and its place; the pool is the engine's."""
+    """Owns the model and its place; the pool is the engine's.
 
-    def __init__(self, model: PreTrainedModel, pool: KVPool, adapters: AdapterSet) -> None:
+    Most passes are those of the same sequences as the one before, one token further: what has not changed since is
+    kept.
+    """
+
+    def __init__(self, model: PreTrainedModel, pool: KVPool, adapters: AdapterSet, max_model_len: int) -> None:
         self.model = model
         self.pool = pool
         self.adapters = adapters
         self.device = next(model.parameters()).device
+        self._program = DecoderProgram.of(model, pool.tensor, max_model_len)
+        self._decoding: list[Sequence] = []  # in the last pass, if it was of one token each
+        self._drawing: list[Sequence] = []
 
     @torch.inference_mode()
     def forward(self, batch: list[Scheduled]) -> tuple[Tensor, list[int]]:
         """Run the scheduled tokens. Returns the logits `[rows, V]` that somebody needs, and for each scheduled
         sequence the first of its rows: one row, its last token's, or all of its tokens' where prompt
         log-probabilities are asked for (none where neither is)."""
+        sequences = [item.seq for item in batch]
+        if self.adapters.names:
+            names = [seq.request.adapter for seq in sequences]
+            self.adapters.place(names, [item.num_tokens for item in batch], self.device)
+        contexts = [seq.num_computed_tokens for seq in sequences]
+        if sequences == self._decoding and self._paged.advance(contexts, [seq.block_table for seq in sequences]):
+            tokens = [seq.token_ids[-1] for seq in sequences]
+        else:
+            tokens = self._prepare(batch, sequences, contexts)
+        token_ids = self._tensor(tokens)
+        if self._program is not None:
+            return self._program(token_ids, self._rows, self._paged), self._first_row
+        logits = self.model(
+            input_ids=token_ids[None],
+            position_ids=self._paged.positions[None],
+            use_cache=False,
+            logits_to_keep=0 if len(self._rows) == len(tokens) else self._rows,  # 0: all
+            batch=self._paged,
+        ).logits[0]
+        return logits, self._first_row
+
+    def _prepare(self, batch: list[Scheduled], sequences: list[Sequence], contexts: list[int]) -> list[int]:
+        """What a pass needs to know, from nothing; returns its tokens."""
         tokens: list[int] = []
         rows: list[int] = []
-        first_row: list[int] = []
+        self._first_row = []
         lengths = [item.num_tokens for item in batch]
-        contexts = [item.seq.num_computed_tokens for item in batch]
         for item, n, start in zip(batch, lengths, contexts, strict=True):
             seq = item.seq
             tokens += seq.token_ids[start : start + n]
-            first_row.append(len(rows))
+            self._first_row.append(len(rows))
             if seq.prompt_logprobs is not None and start < seq.num_prompt_tokens:
                 rows += range(len(tokens) - n, len(tokens))
             elif item.draws:
                 rows.append(len(tokens) - 1)
-        if self.adapters.names:
-            self.adapters.place([i.seq.request.adapter for i in batch], lengths, self.device)
-        paged = PagedBatch.of(self.pool.tensor, lengths, contexts, [item.seq.block_table for item in batch])
-        logits = self.model(
-            input_ids=self._tensor(tokens)[None],
-            position_ids=paged.positions[None],
-            use_cache=False,
-            logits_to_keep=0 if len(rows) == len(tokens) else self._tensor(rows),  # 0: all
-            batch=paged,
-        ).logits[0]
-        return logits, first_row
+        self._rows = self._tensor(rows)
+        self._paged = PagedBatch.of(self.pool.tensor, lengths, contexts, [seq.block_table for seq in sequences])
+        all_draw = len(tokens) == len(rows) == len(batch)
+        self._decoding = sequences if all_draw and not self._paged.groups else []
+        return tokens
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.from_numpy(np.asarray(values, np.int64)).to(self.device)
 
+    @property
+    def runs_compiled(self) -> bool:
+        """Whether passes run as one program of compiled kernels, not through the model's modules."""
+        return self._program is not None
+
+    def refresh(self) -> None:
+        """The model's weights have changed: so must copies of them."""
+        if self._program is not None:
+            self._program.load()
+
     @torch.inference_mode()
     def draw(self, logits: Tensor, sequences: list[Sequence], grammars: GrammarCompiler | None) -> Sampled:
         """Draw the next token of each sequence from its row of `logits` `[B, V]`."""
-        params = [seq.request.sampling for seq in sequences]
-        uniform = positional_uniform(
-            np.asarray([seq.seed for seq in sequences], np.uint64),
-            np.asarray([seq.num_output_tokens for seq in sequences], np.uint64),
-        )
-        return sample(logits, SamplingBatch(params, uniform), self._banned(sequences, logits, grammars))
+        if sequences != self._drawing:
+            self._drawing = sequences
+            self._sampling = SamplingBatch.of([seq.request.sampling for seq in sequences], logits.device)
+            self._seeds = np.asarray([seq.seed for seq in sequences], np.uint64)
+            self._restrained = any(s.grammar is not None or s.request.sampling.min_tokens for s in sequences)
+        places = [len(seq.token_ids) - seq.num_prompt_tokens for seq in sequences]
+        uniform = positional_uniform(self._seeds, np.asarray(places, np.uint64))
+        banned = self._banned(sequences, logits, grammars) if self._restrained else None
+        return sample(logits, self._sampling, uniform, banned)
 
     def _banned(self, sequences: list[Sequence], logits: Tensor, grammars: GrammarCompiler | None) -> Tensor | None:
         """bool `[B, V]`: tokens that a grammar forbids, and stop tokens before `min_tokens`; None: nothing is."""

@@ -16,10 +16,23 @@ _SPAN = 64  # tokens summed at a time before a draw looks inside one span
 
 @dataclass(slots=True)
 class SamplingBatch:
-    """Sampling parameters of B rows. `uniform` float64 `[B]`: each row's positional number."""
+    """Sampling parameters of B rows, as columns: `temperatures` `[B, 1]` (None: all 1), `greedy` int64 `[B]`; `cut`:
+    the rows of which some tokens are never drawn."""
 
     params: list[SamplingParams]
-    uniform: np.ndarray
+    temperatures: Tensor | None
+    greedy: Tensor
+    cut: list[int]
+
+    @classmethod
+    def of(cls, params: list[SamplingParams], device: torch.device | str = "cpu") -> SamplingBatch:
+        temperatures = [p.temperature or 1.0 for p in params]
+        return cls(
+            params,
+            torch.tensor(temperatures, device=device)[:, None] if any(t != 1.0 for t in temperatures) else None,
+            torch.tensor([p.temperature == 0.0 for p in params], dtype=torch.int64, device=device),
+            [i for i, p in enumerate(params) if _truncates(p)],
+        )
 
 
 @dataclass(slots=True)
@@ -37,29 +50,27 @@ class Sampled:
         return list(zip(ids.tolist(), (values - self.log_norm[row]).tolist(), strict=True))
 
 
-def sample(logits: Tensor, batch: SamplingBatch, banned: Tensor | None = None) -> Sampled:
-    """Draw one token a row of `logits` `[B, V]`.
+def sample(logits: Tensor, batch: SamplingBatch, uniform: np.ndarray, banned: Tensor | None = None) -> Sampled:
+    """Draw one token a row of `logits` `[B, V]`, by each row's positional number, `uniform` float64 `[B]`.
 
     Log-probabilities are those of softmax(logits / temperature) (greedy: temperature 1), before `top_k`, `top_p`,
     `min_p` and `banned` (bool `[B, V]`: never drawn) take effect. A draw is the first token id at which the
     cumulative distribution over the tokens left exceeds the row's uniform number.
     """
     scores = logits.float()
-    temperatures = [p.temperature or 1.0 for p in batch.params]
-    if any(t != 1.0 for t in temperatures):
-        scores = scores / torch.tensor(temperatures, dtype=scores.dtype, device=scores.device)[:, None]
-    greedy = torch.tensor([p.temperature == 0.0 for p in batch.params], dtype=torch.int64, device=scores.device)
-    uniform = torch.from_numpy(batch.uniform).to(scores.device)
+    if batch.temperatures is not None:
+        scores = scores / batch.temperatures
+    numbers = torch.from_numpy(uniform).to(scores.device)
     draw = kernels.draw if kernels.usable(scores) else _draw
-    tokens, logprobs, log_norm = draw(scores.contiguous(), uniform, greedy)
+    tokens, logprobs, log_norm = draw(scores.contiguous(), numbers, batch.greedy)
     # A row is drawn in one way whatever stands beside it: only rows that need it are drawn from what is left to them.
-    cut = [i for i, p in enumerate(batch.params) if _truncates(p)]
+    cut = batch.cut
     if banned is not None:
         cut = sorted({*cut, *banned.any(-1).nonzero()[:, 0].tolist()})
     if cut:
         rows = torch.tensor(cut, device=scores.device)
         left = _truncated(scores[rows], [batch.params[i] for i in cut], None if banned is None else banned[rows])
-        tokens[rows] = _pick(left, _span_sums(left), uniform[rows], greedy[rows])
+        tokens[rows] = _pick(left, _span_sums(left), numbers[rows], batch.greedy[rows])
         logprobs[rows] = scores[rows].gather(1, tokens[rows, None])[:, 0] - log_norm[rows]
     return Sampled(tokens.tolist(), logprobs.tolist(), scores, log_norm)
 

@@ -15,6 +15,7 @@ from thornback.contracts import (
     BlockRun,
     EngineConfig,
     EngineLoad,
+    FinishReason,
     InFlight,
     InvalidRequest,
     KVExport,
@@ -26,7 +27,6 @@ from thornback.contracts import (
 )
 from thornback.engine.block_manager import BlockManager
 from thornback.engine.kv_pool import KVPool
-from thornback.engine.linear import order_weights
 from thornback.engine.lora import AdapterSet
 from thornback.engine.model import ModelShape, load_model
 from thornback.engine.model_runner import ModelRunner, fresh_seeds
@@ -56,8 +56,7 @@ class TorchEngine:
         self.pool = KVPool(num_blocks, block_shape, weight.dtype, weight.device, config.kv_location)
         self.blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
-        self.runner = ModelRunner(self.model, self.pool, AdapterSet(self.model, config.adapters))
-        order_weights(self.model, config.max_num_seqs)
+        self.runner = ModelRunner(self.model, self.pool, AdapterSet(self.model, config.adapters), self.max_model_len)
         self.weight_version = 0
         self._sequences: dict[str, list[Sequence]] = {}
         self._leases: dict[str, tuple[Lease, list[int]]] = {}
@@ -200,33 +199,31 @@ class TorchEngine:
 
     def _advance(self, seq: Sequence, row: int, sampled: Sampled) -> Output:
         """Append the drawn token, end the sequence if that is its last, and say so."""
-        request, sampling = seq.request, seq.request.sampling
-        token = sampled.tokens[row]
-        first = seq.num_output_tokens == len(request.output_token_ids)
+        request, sampling, token = seq.request, seq.request.sampling, sampled.tokens[row]
+        num_before = len(seq.token_ids) - seq.num_prompt_tokens
+        first = num_before == len(request.output_token_ids)
         seq.token_ids.append(token)
         if seq.grammar is not None:
             seq.grammar.accept_token(token)
-        reason = None
+        reason: FinishReason | None = None
         if token in seq.stop_ids:
             reason = "stop"
-        elif seq.num_output_tokens >= sampling.max_tokens or len(seq.token_ids) >= self.max_model_len:
+        elif num_before + 1 >= sampling.max_tokens or len(seq.token_ids) >= self.max_model_len:
             reason = "length"
-        export = None
-        if request.export_kv and reason is None:
-            export = self._export(seq)
+        export = self._export(seq) if request.export_kv and reason is None else None
         if reason or export:
             self._finish(seq)
         return Output(
-            request_id=request.request_id,
-            token_ids=[token],
-            logprobs=[sampled.logprobs[row]],
-            index=seq.index,
-            finish_reason=reason,  # type: ignore[arg-type]
-            weight_version=self.weight_version,
-            num_cached_tokens=seq.num_cached_tokens if first else 0,
-            top_logprobs=[sampled.top(row, sampling.logprobs)] if sampling.logprobs is not None else None,
-            prompt_logprobs=seq.prompt_logprobs if first else None,
-            kv=export,
+            request.request_id,
+            [token],
+            [sampled.logprobs[row]],
+            seq.index,
+            reason,
+            self.weight_version,
+            seq.num_cached_tokens if first else 0,
+            [sampled.top(row, sampling.logprobs)] if sampling.logprobs is not None else None,
+            seq.prompt_logprobs if first else None,
+            export,
         )
 
     def _finish(self, seq: Sequence) -> None:
@@ -289,7 +286,7 @@ class TorchEngine:
                 "or say what becomes of them (in_flight='recompute' or 'keep')."
             )
         bind_weights(self.model, weights)
-        order_weights(self.model, self.config.max_num_seqs)
+        self.runner.refresh()
         self.weight_version = version
         self.flush_prefix_cache()
         for seqs in list(self._sequences.values()):

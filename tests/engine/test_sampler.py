@@ -44,7 +44,7 @@ def test_a_draw_is_the_inverse_cdf_in_order_of_token_id(vocabulary, seed, temper
     logits = rng.normal(size=(3, vocabulary)) * 3
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     uniform = rng.random(3)
-    sampled = sample(torch.from_numpy(logits), SamplingBatch([params] * 3, uniform))
+    sampled = sample(torch.from_numpy(logits), SamplingBatch.of([params] * 3), uniform)
     for row in range(3):
         p = allowed(logits[row].astype(np.float32).astype(np.float64), params)
         edges = np.cumsum(p)
@@ -85,8 +85,8 @@ def _cut_ties(logits: np.ndarray, params: SamplingParams) -> bool:
 def test_many_draws_follow_the_distribution(params) -> None:
     count, logits = 100_000, np.random.default_rng(3).normal(size=16) * 1.5
     uniform = positional_uniform(np.arange(count, dtype=np.uint64), np.full(count, 4, np.uint64))
-    batch = SamplingBatch([params] * count, uniform)
-    tokens = np.asarray(sample(torch.from_numpy(np.tile(logits, (count, 1))), batch).tokens)
+    batch = SamplingBatch.of([params] * count)
+    tokens = np.asarray(sample(torch.from_numpy(np.tile(logits, (count, 1))), batch, uniform).tokens)
     p = allowed(logits, params)
     seen = np.bincount(tokens, minlength=16)
     assert (seen[p == 0] == 0).all()
@@ -105,9 +105,9 @@ def test_rows_of_one_batch_do_not_disturb_each_other() -> None:
         SamplingParams(top_p=0.3),
     ]
     uniform = np.array([0.3, 0.9, 0.1, 0.6])
-    together = sample(logits, SamplingBatch(rows, uniform))
+    together = sample(logits, SamplingBatch.of(rows), uniform)
     for i, params in enumerate(rows):
-        alone = sample(logits[i : i + 1], SamplingBatch([params], uniform[i : i + 1]))
+        alone = sample(logits[i : i + 1], SamplingBatch.of([params]), uniform[i : i + 1])
         assert together.tokens[i] == alone.tokens[0]
         assert together.logprobs[i] == pytest.approx(alone.logprobs[0], abs=1e-6)
 
@@ -116,8 +116,8 @@ def test_banned_tokens_are_never_drawn_not_even_far_below_the_peak() -> None:
     logits = torch.tensor([[500.0, 0.0, -1.0, 400.0]])
     banned = torch.tensor([[True, False, False, True]])
     for temperature in (0.0, 1.0):
-        batch = SamplingBatch([SamplingParams(temperature=temperature)], np.array([0.5]))
-        assert sample(logits, batch, banned).tokens == [1]
+        batch = SamplingBatch.of([SamplingParams(temperature=temperature)])
+        assert sample(logits, batch, np.array([0.5]), banned).tokens == [1]
 
 
 @pytest.mark.parametrize("edge", [0.0, 1.0 - 2.0**-53])
@@ -125,7 +125,7 @@ def test_the_ends_of_the_unit_interval_fall_on_tokens_that_can_be_drawn(edge) ->
     logits = torch.full((1, 130), -torch.inf)
     logits[0, 3] = 0.0
     logits[0, 100] = 0.0
-    token = sample(logits, SamplingBatch([SamplingParams()], np.array([edge]))).tokens[0]
+    token = sample(logits, SamplingBatch.of([SamplingParams()]), np.array([edge])).tokens[0]
     assert token == (3 if edge == 0.0 else 100)
 
 
