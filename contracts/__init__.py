@@ -23,6 +23,7 @@ from thornback.contracts.rollouts import (
 )
 from thornback.contracts.sampling import SamplingParams
 from thornback.contracts.tasks import Completion, Prompt, Reward, RewardScorer, Task
+from thornback.contracts.speculation import Retriever, TokenTree
 from thornback.contracts.weights import STORAGE_DTYPES, TensorSpec, WeightView, weight_index
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "Output",
     "Prompt",
     "Request",
+    "Retriever",
     "Reward",
     "RewardError",
     "RewardScorer",
@@ -57,6 +59,7 @@ __all__ = [
     "Task",
     "TensorSpec",
     "ThornbackError",
+    "TokenTree",
     "WeightView",
     "anchors_from_arrow",
     "anchors_to_arrow",

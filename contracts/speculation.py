@@ -1,0 +1,39 @@
+"""Speculation: what a retriever or a draft model proposes as the tokens that may come next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTree:
+    """Continuations of one sequence that begin alike, merged: a trie under the sequence's last token.
+
+    Node i carries `tokens[i]` and stands under node `parents[i]` (-1: directly under the last token); parents come
+    before their children, and no two children of a node carry the same token. `weights[i]`: of a draft, the
+    probability of the path to i; of a retrieval, the number of continuations through i. Arrays of N: int32, int32,
+    float32.
+    """
+
+    tokens: np.ndarray
+    parents: np.ndarray
+    weights: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def empty(cls) -> TokenTree:
+        return cls(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
+
+
+class Retriever(Protocol):
+    """A store of token sequences that were seen before. Must be safe to ask from several threads."""
+
+    def retrieve(self, context: np.ndarray, num_nodes: int) -> TokenTree:
+        """What followed the longest suffix of `context` (int32 `[T]`, the last tokens of a sequence) in the store: at
+        most `num_nodes` nodes, the most frequent ones. Empty where nothing matches."""
+        ...
