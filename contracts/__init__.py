@@ -22,8 +22,8 @@ from thornback.contracts.rollouts import (
     offsets_of,
 )
 from thornback.contracts.sampling import SamplingParams
-from thornback.contracts.tasks import Completion, Prompt, Reward, RewardScorer, Task
 from thornback.contracts.speculation import Retriever, TokenTree
+from thornback.contracts.tasks import Completion, Prompt, Reward, RewardScorer, Task
 from thornback.contracts.weights import STORAGE_DTYPES, TensorSpec, WeightView, weight_index
 
 __all__ = [
