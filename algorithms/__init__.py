@@ -4,6 +4,7 @@ from thornback.algorithms.advantages import ANCHORED, ESTIMATORS, Advantages, Gr
 from thornback.algorithms.alignment import align_runs, runs_of
 from thornback.algorithms.difficulty import fate
 from thornback.algorithms.segments import SegmentAllocator
+from thornback.algorithms.trees import ancestor_bits, depths, fuse, prune, subtree, verify
 
 # The losses are torch functions: `from thornback.algorithms.losses import policy_loss` keeps torch out of here.
 __all__ = [
@@ -13,6 +14,12 @@ __all__ = [
     "GroupRewards",
     "SegmentAllocator",
     "align_runs",
+    "ancestor_bits",
+    "depths",
     "fate",
+    "fuse",
+    "prune",
     "runs_of",
+    "subtree",
+    "verify",
 ]

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from thornback.contracts.kv import KVExport, KVImport, Lease
 from thornback.contracts.sampling import SamplingParams
+from thornback.contracts.speculation import SpeculationConfig
 from thornback.contracts.weights import WeightView
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -76,7 +77,7 @@ class EngineConfig:
     bounded by `kv_cache_memory_bytes`. `max_model_len` None: the model's own. `dtype` "auto": float32 on CPU,
     bfloat16 on CUDA. `num_threads` None: leave torch's setting alone. `kv_location`: a file in shared memory
     for the KV pool, so that other processes can map it; "" keeps the pool private. `adapters`: LoRA adapter
-    directories (peft's layout) by name.
+    directories (peft's layout) by name. `speculation`: verify drafts from the engine's retrievers.
     """
 
     block_size: int = 32
@@ -92,6 +93,7 @@ class EngineConfig:
     kv_location: str = ""
     lease_seconds: float = 30.0
     adapters: tuple[tuple[str, str], ...] = ()
+    speculation: SpeculationConfig | None = None
 
 
 class Engine(Protocol):

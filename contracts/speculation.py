@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from thornback.contracts.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class TokenTree:
@@ -37,3 +39,16 @@ class Retriever(Protocol):
         """What followed the longest suffix of `context` (int32 `[T]`, the last tokens of a sequence) in the store: at
         most `num_nodes` nodes, the most frequent ones. Empty where nothing matches."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationConfig:
+    """`num_nodes`: how many tokens, at most 63, a pass verifies for a sequence besides its next one. `max_lookback`:
+    how many of its last tokens retrievers see."""
+
+    num_nodes: int = 16
+    max_lookback: int = 4096
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_nodes <= 63:
+            raise ConfigError(f"num_nodes is {self.num_nodes}, but must be between 1 and 63.")

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from thornback.algorithms import ancestor_bits, depths
 from thornback.contracts import ModelError
 from thornback.engine import kernels
-from thornback.engine.paged_attention import paged_attention
+from thornback.engine.paged_attention import PagedTokens, paged_attention
 
 ATTENTION_NAME = "thornback"
+NO_TREE = 1 << 40  # a base behind every key
 _AHEAD = 128  # tokens for whose blocks a table has room, so that coming passes can go on with it
 _FEW = 256  # new tokens of a sequence below which gathering its keys costs more than torch's faster kernel wins
 
@@ -74,12 +76,13 @@ class PagedGroup:
     `rows` `[B * Q]`: each query's place in the packed tokens (padding repeats row 0); `back`: where in `[B * Q]`
     the packed tokens `tokens` stand (None: the group is exactly the tokens `rows`, in order). `blocks`
     `[B * kv_heads * N]`: where the keys of layer 0 lie, counted in rows of `block_size * D`. `positions` `[B, Q]`:
-    each query's position; `tree`: bool `[B, Q, N * block_size]`, which keys a query may see, instead of all up to
-    its position.
+    where each query's own key lies; `tree`: bool `[B, Q, N * block_size]`, which keys a query may see, instead of all
+    up to its own.
     """
 
     num_sequences: int
     num_queries: int
+    kv_heads: int
     rows: Tensor
     tokens: Tensor | None
     back: Tensor | None
@@ -112,17 +115,6 @@ class PagedGroup:
 
 
 @dataclass(slots=True)
-class PagedTokens:
-    """Tokens whose attention reads the pool as it lies; all int64. `tokens` `[n]`: their places among the packed ones;
-    `lengths` `[n]`: how many keys each sees; `owners` `[n]`: the row of `tables` `[B, N]` that holds its blocks."""
-
-    tokens: Tensor
-    owners: Tensor
-    lengths: Tensor
-    tables: Tensor
-
-
-@dataclass(slots=True)
 class PagedBatch:
     """One pass of generation. `pool` is `[num_blocks, layers, 2, kv_heads, block_size, D]`; `positions` int64 `[T]`;
     `slots` int64 `[T * kv_heads]` is where each token's keys of layer 0 go, head by head, counted in rows of `D`.
@@ -135,35 +127,53 @@ class PagedBatch:
     direct: PagedTokens | None
 
     @classmethod
-    def of(cls, pool: Tensor, lengths: list[int], contexts: list[int], tables: list[list[int]]) -> PagedBatch:
+    def of(
+        cls,
+        pool: Tensor,
+        lengths: list[int],
+        contexts: list[int],
+        tables: list[list[int]],
+        trees: dict[int, np.ndarray] | None = None,
+    ) -> PagedBatch:
         """Sequence i brings `lengths[i]` new tokens, packed in this order, after `contexts[i]` earlier ones, over the
-        blocks `tables[i]`."""
+        blocks `tables[i]`. Where it is in `trees`, its tokens after the first are a draft tree with these parents:
+        they lie in the pool one after the other, but stand, and see each other, as the tree says."""
         _, layers, _, kv_heads, size, _ = pool.shape
         counts, before = np.array(lengths), np.array(contexts)
         starts = np.cumsum(counts) - counts
         owners = np.repeat(np.arange(len(counts)), counts)
         places = np.arange(len(owners))
-        positions = places + (before - starts)[owners]
+        rows = places + (before - starts)[owners]  # where keys lie in their sequence
+        positions, bases, bits = rows, np.full(len(rows), NO_TREE), np.zeros(len(rows), np.int64)
+        if trees:
+            positions = rows.copy()
+            for i, parents in trees.items():
+                mine = slice(starts[i], starts[i] + counts[i])
+                positions[mine] = before[i] + np.append(0, depths(parents))
+                bases[mine], bits[mine] = before[i], ancestor_bits(parents).view(np.int64)
         width = -(-(int((counts + before).max()) + _AHEAD) // size)
         table = np.zeros((len(tables), width), np.int64)
         for row, blocks in zip(table, tables, strict=True):
             row[: len(blocks)] = blocks[: len(row)]
-        slots = table[owners, positions // size] * (layers * 2 * kv_heads * size) + positions % size
+        slots = table[owners, rows // size] * (layers * 2 * kv_heads * size) + rows % size
         few = counts < (_FEW if kernels.usable(pool) else 0)
         direct = None
         if few.any():
             tokens = places if few.all() else places[few[owners]]
-            arrays = (tokens, owners[tokens], positions[tokens] + 1, table)
+            arrays = (tokens, owners[tokens], rows[tokens] + 1, bases[tokens], bits[tokens], table)
             direct = PagedTokens(*map(torch.from_numpy, arrays))
         classes: dict[tuple[int, int], list[int]] = {}
         for i in np.flatnonzero(~few).tolist():
             key = (0 if counts[i] == 1 else _size_class(counts[i]), _size_class(counts[i] + before[i]))
             classes.setdefault(key, []).append(i)
+        groups = [_group(np.array(members), starts, counts, before, table, pool) for members in classes.values()]
+        for group, members in zip(groups, classes.values(), strict=True):
+            group.tree = _tree_mask(group, members, before, trees or {}, size)
         return cls(
             pool,
             torch.from_numpy(positions).to(pool.device),
             torch.from_numpy((slots[:, None] + np.arange(kv_heads) * size).ravel()).to(pool.device),
-            [_group(np.array(members), starts, counts, before, table, pool) for members in classes.values()],
+            groups,
             direct,
         )
 
@@ -194,8 +204,7 @@ class PagedBatch:
             return self._read(self.groups[0], layer, q, scaling, window)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if self.direct is not None:
-            x, scale = self.direct, scaling or q.shape[-1] ** -0.5
-            paged_attention(q, self.pool, layer, x.tokens, x.owners, x.lengths, x.tables, window, scale, out)
+            paged_attention(q, self.pool, layer, self.direct, window, scaling or q.shape[-1] ** -0.5, out)
         self.attend_groups(layer, q, out, scaling, window)
         return out
 
@@ -223,6 +232,22 @@ class PagedBatch:
         rows.index_copy_(0, slots + kv_heads * block_size, v.reshape(-1, d))
 
 
+def _tree_mask(
+    group: PagedGroup, members: list[int], before: np.ndarray, trees: dict[int, np.ndarray], block_size: int
+) -> Tensor | None:
+    """bool `[B, Q, N * block_size]`: the keys that each query of a group sees, if some of its sequences bring trees."""
+    if not any(i in trees for i in members):
+        return None
+    num_keys = len(group.blocks) // (group.num_sequences * group.kv_heads) * block_size
+    seen = (group.positions.cpu()[:, :, None] >= torch.arange(num_keys)).numpy()
+    for row, i in enumerate(members):
+        if i in trees:
+            bits = ancestor_bits(trees[i])
+            n = len(bits)
+            seen[row, :n, before[i] : before[i] + n] = bits[:, None] >> np.arange(n, dtype=np.uint64) & np.uint64(1)
+    return torch.from_numpy(seen).to(group.positions.device)
+
+
 def _group(
     members: np.ndarray,
     starts: np.ndarray,
@@ -245,6 +270,7 @@ def _group(
     return PagedGroup(
         num_sequences=len(members),
         num_queries=len(nth),
+        kv_heads=kv_heads,
         rows=tensor(rows),
         tokens=None if inside.all() else tensor(rows[real]),
         back=None if inside.all() else tensor(real),

@@ -82,12 +82,11 @@ class DecoderProgram:
         for call in self._places:
             call.positions, call.slots = positions, slots
         if direct is not None:
-            tokens, owners, lengths, tables = (
-                x.data_ptr() for x in (direct.tokens, direct.owners, direct.lengths, direct.tables)
-            )
+            arrays = direct.tokens, direct.owners, direct.lengths, direct.bases, direct.bits, direct.tables
+            addresses = [x.data_ptr() for x in arrays]
             for call in self._attends:
-                call.num, call.tokens, call.owners, call.lengths = len(direct.tokens), tokens, owners, lengths
-                call.tables, (call.num_tables, call.max_blocks) = tables, direct.tables.shape
+                call.num, (call.num_tables, call.max_blocks) = len(direct.tokens), direct.tables.shape
+                call.tokens, call.owners, call.lengths, call.bases, call.bits, call.tables = addresses
         else:
             for call in self._attends:
                 call.num = 0

@@ -48,6 +48,14 @@ class KVPool:
             source = source.view(torch.bfloat16)
         self.tensor.index_copy_(0, torch.tensor(list(blocks), device=self.tensor.device), source.to(self.tensor.device))
 
+    def move_tokens(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Copy the keys and values of tokens, `[n]` places each (block * block_size + row); all are read before any is
+        written."""
+        size = self.block_shape[3]
+        places = (torch.from_numpy(x).to(self.tensor.device) for x in (*divmod(sources, size), *divmod(targets, size)))
+        from_block, from_row, to_block, to_row = places
+        self.tensor[to_block, :, :, :, to_row] = self.tensor[from_block, :, :, :, from_row]
+
     def copy_block(self, source: int, target: int) -> None:
         self.tensor[target] = self.tensor[source]
 

@@ -40,13 +40,18 @@ class ModelRunner:
     def forward(self, batch: list[Scheduled]) -> tuple[Tensor, list[int]]:
         """Run the scheduled tokens. Returns the logits `[rows, V]` that somebody needs, and for each scheduled
         sequence the first of its rows: one row, its last token's, or all of its tokens' where prompt
-        log-probabilities are asked for (none where neither is)."""
+        log-probabilities are asked for (none where neither is); the rows of its draft's nodes follow."""
         sequences = [item.seq for item in batch]
         if self.adapters.names:
             names = [seq.request.adapter for seq in sequences]
             self.adapters.place(names, [item.num_tokens for item in batch], self.device)
         contexts = [seq.num_computed_tokens for seq in sequences]
-        if sequences == self._decoding and self._paged.advance(contexts, [seq.block_table for seq in sequences]):
+        guessing = any(item.draft is not None for item in batch)
+        if (
+            sequences == self._decoding
+            and not guessing
+            and self._paged.advance(contexts, [seq.block_table for seq in sequences])
+        ):
             tokens = [seq.token_ids[-1] for seq in sequences]
         else:
             tokens = self._prepare(batch, sequences, contexts)
@@ -67,17 +72,24 @@ class ModelRunner:
         tokens: list[int] = []
         rows: list[int] = []
         self._first_row = []
-        lengths = [item.num_tokens for item in batch]
-        for item, n, start in zip(batch, lengths, contexts, strict=True):
-            seq = item.seq
+        lengths: list[int] = []
+        trees: dict[int, np.ndarray] = {}
+        for item, start in zip(batch, contexts, strict=True):
+            seq, n = item.seq, item.num_tokens
             tokens += seq.token_ids[start : start + n]
             self._first_row.append(len(rows))
             if seq.prompt_logprobs is not None and start < seq.num_prompt_tokens:
                 rows += range(len(tokens) - n, len(tokens))
             elif item.draws:
                 rows.append(len(tokens) - 1)
+            if item.draft is not None:
+                n += len(item.draft)
+                trees[len(lengths)] = item.draft.parents
+                rows += range(len(tokens), len(tokens) + len(item.draft))
+                tokens += item.draft.tokens.tolist()
+            lengths.append(n)
         self._rows = self._tensor(rows)
-        self._paged = PagedBatch.of(self.pool.tensor, lengths, contexts, [seq.block_table for seq in sequences])
+        self._paged = PagedBatch.of(self.pool.tensor, lengths, contexts, [seq.block_table for seq in sequences], trees)
         all_draw = len(tokens) == len(rows) == len(batch)
         self._decoding = sequences if all_draw and not self._paged.groups else []
         return tokens
@@ -96,21 +108,26 @@ class ModelRunner:
             self._program.load()
 
     @torch.inference_mode()
-    def draw(self, logits: Tensor, sequences: list[Sequence], grammars: GrammarCompiler | None) -> Sampled:
-        """Draw the next token of each sequence from its row of `logits` `[B, V]`."""
+    def draw(
+        self, logits: Tensor, sequences: list[Sequence], ahead: list[int], grammars: GrammarCompiler | None
+    ) -> Sampled:
+        """Draw a token of each sequence from its row of `logits` `[B, V]`: the next one, or that so many places
+        `ahead` of it."""
         if sequences != self._drawing:
             self._drawing = sequences
             self._sampling = SamplingBatch.of([seq.request.sampling for seq in sequences], logits.device)
             self._seeds = np.asarray([seq.seed for seq in sequences], np.uint64)
             self._restrained = any(s.grammar is not None or s.request.sampling.min_tokens for s in sequences)
-        places = [len(seq.token_ids) - seq.num_prompt_tokens for seq in sequences]
+        places = [len(seq.token_ids) - seq.num_prompt_tokens + more for seq, more in zip(sequences, ahead, strict=True)]
         uniform = positional_uniform(self._seeds, np.asarray(places, np.uint64))
-        banned = self._banned(sequences, logits, grammars) if self._restrained else None
+        banned = self._banned(sequences, places, logits, grammars) if self._restrained else None
         return sample(logits, self._sampling, uniform, banned)
 
-    def _banned(self, sequences: list[Sequence], logits: Tensor, grammars: GrammarCompiler | None) -> Tensor | None:
+    def _banned(
+        self, sequences: list[Sequence], places: list[int], logits: Tensor, grammars: GrammarCompiler | None
+    ) -> Tensor | None:
         """bool `[B, V]`: tokens that a grammar forbids, and stop tokens before `min_tokens`; None: nothing is."""
-        short = [i for i, s in enumerate(sequences) if s.num_output_tokens < s.request.sampling.min_tokens]
+        short = [i for i, s in enumerate(sequences) if places[i] < s.request.sampling.min_tokens]
         constrained = any(s.grammar is not None for s in sequences)
         if not (short or constrained):
             return None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 from llvmlite import ir
@@ -22,6 +23,20 @@ _SUMS = 24  # vectors that fit into registers
 def _lanes(width: int) -> int:
     """How many numbers of a row a vector holds: a power of two that divides the row."""
     return min(LANES, width & -width)
+
+
+@dataclass(slots=True)
+class PagedTokens:
+    """Tokens whose attention reads the pool as it lies; all int64. `tokens` `[n]`: their places among the packed ones;
+    `owners` `[n]`: the row of `tables` `[B, N]` that holds a token's blocks; `lengths` `[n]`: how many keys it sees,
+    but of those from `bases` `[n]` on only the ones whose bit is set in `bits` `[n]`."""
+
+    tokens: Tensor
+    owners: Tensor
+    lengths: Tensor
+    bases: Tensor
+    bits: Tensor
+    tables: Tensor
 
 
 @intrinsic(prefer_literal=True)
@@ -110,13 +125,14 @@ def attention_kernel(heads: int, kv_heads: int, width: int, size: int) -> Compil
 
     @Kernel(
         "query query_stride out num_tokens pool pool_rows layer_row block_rows "
-        "num tokens owners lengths tables num_tables max_blocks window scaling"
+        "num tokens owners lengths bases bits tables num_tables max_blocks window scaling"
     )
     def attend(args):
         a = carray(args, 1)[0]
         num, window, scaling, block_rows, layer_row = a.num, a.window, a.scaling, a.block_rows, a.layer_row
         out, tables = floats(a.out, a.num_tokens, heads * width), integers(a.tables, a.num_tables, a.max_blocks)
         tokens, owners, lengths = integers(a.tokens, 1, num), integers(a.owners, 1, num), integers(a.lengths, 1, num)
+        bases, bits = integers(a.bases, 1, num), integers(a.bits, 1, num)
         peak = np.empty(_NEIGHBOURS * group, np.float32)
         total = np.empty(_NEIGHBOURS * group, np.float32)
         sums = np.empty((_NEIGHBOURS * group, width), np.float32)
@@ -157,6 +173,10 @@ def attention_kernel(heads: int, kv_heads: int, width: int, size: int) -> Compil
                             for t in range(room):
                                 if t < start or t >= stop:
                                     of[t] = -np.inf
+                        guessed = bases[0, s] - j * size
+                        for t in range(max(start, guessed), stop):
+                            if not bits[0, s] >> (t - guessed) & 1:
+                                of[t] = -np.inf
                         row = (s - first) * group + g
                         before = peak[row]
                         top = before
@@ -188,13 +208,11 @@ def attention_kernel(heads: int, kv_heads: int, width: int, size: int) -> Compil
 
 
 def paged_attention(
-    query: Tensor, pool: Tensor, layer: int, tokens: Tensor, owners: Tensor, lengths: Tensor, tables: Tensor,
-    window: int | None, scaling: float, out: Tensor,
-) -> None:  # fmt: skip
+    query: Tensor, pool: Tensor, layer: int, at: PagedTokens, window: int | None, scaling: float, out: Tensor
+) -> None:
     """Attention of some of a pass's tokens over the pool `[blocks, layers, 2, kv_heads, block_size, D]`.
 
-    `query` and `out` `[T, heads, D]`, of which rows `tokens` `[n]` are read and written; `owners` `[n]`: the row of
-    `tables` `[B, N]` that holds a token's blocks; `lengths` `[n]`: how many keys it sees. The integers are int64.
+    `query` and `out` `[T, heads, D]`, of which rows `at.tokens` are read and written.
     """
     num_tokens, heads, width = query.shape
     if query.stride(2) != 1 or query.stride(1) != width:  # tokens may lie apart, their heads may not
@@ -202,9 +220,9 @@ def paged_attention(
     _, layers, _, kv_heads, block_size, _ = pool.shape
     rows = 2 * kv_heads * block_size
     attention_kernel(heads, kv_heads, width, block_size)(
-        len(tokens) * tables.shape[1] * block_size * width,
+        len(at.tokens) * at.tables.shape[1] * block_size * width,
         query.data_ptr(), query.stride(0), out.data_ptr(), num_tokens,
         pool.data_ptr(), pool.numel() // width, layer * rows, layers * rows,
-        len(tokens), tokens.data_ptr(), owners.data_ptr(), lengths.data_ptr(),
-        tables.data_ptr(), len(tables), tables.shape[1], window or NO_WINDOW, scaling,
+        len(at.tokens), at.tokens.data_ptr(), at.owners.data_ptr(), at.lengths.data_ptr(), at.bases.data_ptr(),
+        at.bits.data_ptr(), at.tables.data_ptr(), *at.tables.shape, window or NO_WINDOW, scaling,
     )  # fmt: skip

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from thornback.contracts import TokenTree
 from thornback.engine.block_manager import BlockManager
 from thornback.engine.sequence import Sequence
 
 
 @dataclass(slots=True)
 class Scheduled:
-    """`num_tokens` of `seq`, from its first token without keys and values on, run in this pass."""
+    """`num_tokens` of `seq`, from its first token without keys and values on, run in this pass; and `draft` under the
+    last of them."""
 
     seq: Sequence
     num_tokens: int
+    draft: TokenTree | None = None
 
     @property
     def draws(self) -> bool:
@@ -50,8 +53,13 @@ class Scheduler:
                 if self.preempt(self.running[-1]) is seq:
                     break
             else:
-                batch.append(self.scheduled(seq, num_tokens))
+                item = self.scheduled(seq, num_tokens)
                 budget -= num_tokens
+                if seq.draft is not None and self._has_room(item, seq.draft, budget):
+                    item.draft = seq.draft
+                    budget -= len(seq.draft)
+                seq.draft = None
+                batch.append(item)
                 position += 1
         while self.waiting and budget > 0 and not preempted and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
@@ -67,6 +75,11 @@ class Scheduler:
             batch.append(self.scheduled(seq, num_tokens))
             budget -= num_tokens
         return batch
+
+    def _has_room(self, item: Scheduled, draft: TokenTree, budget: int) -> bool:
+        """Whether a draft may be verified in this pass: it takes what is free, and nothing from anybody."""
+        num_tokens = item.seq.num_computed_tokens + item.num_tokens + len(draft)
+        return item.draws and len(draft) <= budget and self.blocks.grow(item.seq, num_tokens)
 
     def scheduled(self, seq: Sequence, num_tokens: int) -> Scheduled:
         self.blocks.remember(seq, seq.num_computed_tokens + num_tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from thornback.contracts import KVImport, Request
+from thornback.contracts import KVImport, Request, TokenTree
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +29,7 @@ class Sequence:
     cacheable: bool = True
     prompt_logprobs: list | None = None
     grammar: Any = None
+    draft: TokenTree | None = None  # what the coming pass verifies, if there is room for it
     kv: KVImport | None = None  # keys and values that came with the request, until they are in blocks
 
     @property

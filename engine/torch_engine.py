@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from xgrammar import GrammarMatcher
 
-from thornback.algorithms import runs_of
+from thornback.algorithms import depths, runs_of, verify
 from thornback.contracts import (
     BlockRun,
     EngineConfig,
@@ -23,6 +25,8 @@ from thornback.contracts import (
     Lease,
     Output,
     Request,
+    Retriever,
+    TokenTree,
     WeightView,
 )
 from thornback.engine.block_manager import BlockManager
@@ -33,14 +37,42 @@ from thornback.engine.model_runner import ModelRunner, fresh_seeds
 from thornback.engine.sampler import Sampled
 from thornback.engine.scheduler import Scheduled, Scheduler
 from thornback.engine.sequence import Sequence
+from thornback.engine.speculation import Speculation
 from thornback.engine.structured import GrammarCompiler
 from thornback.engine.weights import bind_weights
+
+
+@dataclass(slots=True)
+class _Turn:
+    """A sequence that draws from `row` of the logits, and from the rows after it for the nodes of its draft."""
+
+    seq: Sequence
+    row: int
+    draft: TokenTree | None = None
+
+
+def _rows_of(turns: list[_Turn]) -> tuple[list[Sequence], list[int], list[int]]:
+    """The sequence of each draw, its row of the logits, and how many places ahead it is."""
+    sequences: list[Sequence] = []
+    rows: list[int] = []
+    ahead: list[int] = []
+    for turn in turns:
+        sequences.append(turn.seq)
+        rows.append(turn.row)
+        ahead.append(0)
+        if turn.draft is not None:
+            sequences += [turn.seq] * len(turn.draft)
+            rows += range(turn.row + 1, turn.row + 1 + len(turn.draft))
+            ahead += depths(turn.draft.parents).tolist()
+    return sequences, rows, ahead
 
 
 class TorchEngine:
     """The `Engine` contract over a model directory (or hub name) in this process. Not thread-safe."""
 
-    def __init__(self, model: str | Path, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self, model: str | Path, config: EngineConfig | None = None, retrievers: tuple[Retriever, ...] = ()
+    ) -> None:
         config = config or EngineConfig()
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
@@ -57,6 +89,7 @@ class TorchEngine:
         self.blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
         self.runner = ModelRunner(self.model, self.pool, AdapterSet(self.model, config.adapters), self.max_model_len)
+        self.speculation = Speculation(config.speculation, retrievers, self.max_model_len)
         self.weight_version = 0
         self._sequences: dict[str, list[Sequence]] = {}
         self._leases: dict[str, tuple[Lease, list[int]]] = {}
@@ -151,14 +184,16 @@ class TorchEngine:
 
     def step(self) -> list[Output]:
         self._expire_leases()
-        batch = [] if self._paused else self.scheduler.schedule()
+        if self._paused:
+            return []
+        self.speculation.propose(self.scheduler.running)
+        batch = self.scheduler.schedule()
         if not batch:
             return []
         for item in batch:
             self._take_import(item.seq)
         logits, first_row = self.runner.forward(batch)
-        drawing: list[Sequence] = []
-        rows: list[int] = []
+        turns: list[_Turn] = []
         for item, row in zip(batch, first_row, strict=True):
             seq, draws, last_row = item.seq, item.draws, row
             if seq.prompt_logprobs is not None:
@@ -167,14 +202,34 @@ class TorchEngine:
                     last_row += item.num_tokens - 1  # it has a row for each of its tokens
             seq.num_computed_tokens += item.num_tokens
             if draws:
-                forked = list(self._fork(seq)) if seq.siblings else []
-                drawing += [seq, *forked]
-                rows += [last_row] * (1 + len(forked))
-        if not drawing:
+                turns.append(_Turn(seq, last_row, item.draft))
+                turns += [_Turn(forked, last_row) for forked in (self._fork(seq) if seq.siblings else ())]
+        if not turns:
             return []
+        sequences, rows, ahead = _rows_of(turns)
         picked = logits if rows == list(range(len(logits))) else logits[torch.tensor(rows, device=logits.device)]
-        sampled = self.runner.draw(picked, drawing, self._grammars)
-        return [self._advance(seq, i, sampled) for i, seq in enumerate(drawing)]
+        sampled = self.runner.draw(picked, sequences, ahead, self._grammars)
+        outputs, at = [], 0
+        for turn in turns:
+            path = [] if turn.draft is None else self._settle(turn, sampled.tokens[at : at + 1 + len(turn.draft)])
+            outputs.append(self._advance(turn.seq, [at, *(at + 1 + node for node in path)], sampled))
+            at += 1 + (0 if turn.draft is None else len(turn.draft))
+        return outputs
+
+    def _settle(self, turn: _Turn, drawn: list[int]) -> list[int]:
+        """The nodes of a draft that the model agrees with; their keys and values move to where they belong."""
+        seq, draft = turn.seq, turn.draft
+        assert draft is not None
+        path = verify(draft.tokens, draft.parents, drawn)
+        self.speculation.count(len(draft), len(path))
+        moved = [(node, i) for i, node in enumerate(path) if node != i]
+        if moved:
+            size = self.config.block_size
+            places = np.asarray(moved, np.int64).T + seq.num_computed_tokens
+            sources, targets = np.asarray(seq.block_table, np.int64)[places // size] * size + places % size
+            self.pool.move_tokens(sources, targets)
+        seq.num_computed_tokens += len(path)
+        return path
 
     def _fork(self, seq: Sequence) -> Iterable[Sequence]:
         """The prompt is computed: the other samples share its full blocks and get a copy of the last, part-filled
@@ -197,31 +252,36 @@ class TorchEngine:
             self.scheduler.running.append(sibling)
             yield sibling
 
-    def _advance(self, seq: Sequence, row: int, sampled: Sampled) -> Output:
-        """Append the drawn token, end the sequence if that is its last, and say so."""
-        request, sampling, token = seq.request, seq.request.sampling, sampled.tokens[row]
+    def _advance(self, seq: Sequence, rows: list[int], sampled: Sampled) -> Output:
+        """Append the drawn tokens up to the one that ends the sequence, and say so. Tokens behind it are dropped."""
+        request, sampling = seq.request, seq.request.sampling
         num_before = len(seq.token_ids) - seq.num_prompt_tokens
         first = num_before == len(request.output_token_ids)
-        seq.token_ids.append(token)
-        if seq.grammar is not None:
-            seq.grammar.accept_token(token)
         reason: FinishReason | None = None
-        if token in seq.stop_ids:
-            reason = "stop"
-        elif num_before + 1 >= sampling.max_tokens or len(seq.token_ids) >= self.max_model_len:
-            reason = "length"
+        for done, row in enumerate(rows, 1):
+            token = sampled.tokens[row]
+            seq.token_ids.append(token)
+            if seq.grammar is not None:
+                seq.grammar.accept_token(token)
+            if token in seq.stop_ids:
+                reason = "stop"
+            elif num_before + done >= sampling.max_tokens or len(seq.token_ids) >= self.max_model_len:
+                reason = "length"
+            if reason:
+                rows = rows[:done]
+                break
         export = self._export(seq) if request.export_kv and reason is None else None
         if reason or export:
             self._finish(seq)
         return Output(
             request.request_id,
-            [token],
-            [sampled.logprobs[row]],
+            [sampled.tokens[row] for row in rows],
+            [sampled.logprobs[row] for row in rows],
             seq.index,
             reason,
             self.weight_version,
             seq.num_cached_tokens if first else 0,
-            [sampled.top(row, sampling.logprobs)] if sampling.logprobs is not None else None,
+            [sampled.top(row, sampling.logprobs) for row in rows] if sampling.logprobs is not None else None,
             seq.prompt_logprobs if first else None,
             export,
         )

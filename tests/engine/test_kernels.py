@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from thornback.contracts import EngineConfig, Request, SamplingParams
 from thornback.engine import TorchEngine, compiled, copy_parameters, generate, kernels, load_model
-from thornback.engine.attention import PagedBatch
+from thornback.engine.attention import NO_TREE, PagedBatch
 from thornback.engine.compiled import Program
-from thornback.engine.paged_attention import paged_attention
+from thornback.engine.paged_attention import PagedTokens, paged_attention
 from thornback.engine.products import ADD, SILU_PRODUCT, STORE, Packed, product, rows_per_task
 from thornback.engine.sampler import SamplingBatch, sample
 from thornback.engine.vectors import LANES
@@ -45,7 +45,9 @@ def test_attention_over_blocks_of_any_order(heads, kv_heads, width, window, thre
     owners, tokens = torch.arange(19) % 5, torch.randperm(23, generator=generator)[:19]
     query = torch.randn(23, heads + 1, width, generator=generator)[:, :heads]  # tokens lie apart
     out = torch.full((23, heads, width), 7.0)
-    paged_attention(query, pool, 1, tokens, owners, lengths, tables, window, 0.3, out)
+    bases, bits = torch.full((19,), NO_TREE), torch.zeros(19, dtype=torch.int64)
+    at = PagedTokens(tokens, owners, lengths, bases, bits, tables)
+    paged_attention(query, pool, 1, at, window, 0.3, out)
     torch.set_num_threads(before)
     for token, owner, length in zip(tokens, owners, lengths, strict=True):
         keys, values = pool[tables[owner], 1].permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, width)

@@ -1,0 +1,118 @@
+"""Draft trees: pruning, fusion and verification (RASD, papers.md section 3).
+
+A tree of N proposed tokens hangs under a sequence's last token. It is two arrays, `tokens` and `parents` `[N]`: node i
+stands under node `parents[i]`, or directly under the last token where that is -1; parents come before their children,
+and no two children of a node carry the same token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def prune(
+    tokens: np.ndarray,
+    parents: np.ndarray,
+    counts: np.ndarray,
+    num_nodes: int,
+    first: np.ndarray | None = None,
+    top_k: int = 8,
+    min_p: float = 1.0,
+) -> np.ndarray:
+    """The nodes of a retrieved tree that are kept, in order: at most `num_nodes`, their ancestors included.
+
+    `counts` `[N]`: the continuations through each node; `first` `[V]`: the draft's distribution of the next token.
+    A branch stays if its first token is among the `top_k` of `first`, or has at least `min_p` there; its nodes score
+    first[its first token] * count / count of its first node. Without a draft (None) the score is the count. Nodes that
+    score 0 go. The paper prunes by the draft's distribution; the score and the budgets are ours.
+    """
+    scores = counts.astype(np.float64)
+    if first is not None:
+        roots = root_of(parents)
+        heads = np.flatnonzero(parents < 0)
+        chance = first[tokens[heads]].astype(np.float64)
+        floor = np.partition(first, -top_k)[-top_k] if top_k < len(first) else -np.inf
+        kept = (chance >= floor) | (chance >= min_p)
+        of_head = np.zeros(len(parents))
+        of_head[heads] = np.where(kept, chance / counts[heads], 0.0)
+        scores *= of_head[roots]
+    # A child never scores above its parent, and comes after it, so that the best nodes bring their ancestors.
+    best = np.argsort(-scores, kind="stable")[:num_nodes]
+    return np.sort(best[scores[best] > 0])
+
+
+def root_of(parents: np.ndarray) -> np.ndarray:
+    """For each node the first node of its branch, `[N]`."""
+    roots = np.arange(len(parents))
+    for i, parent in enumerate(parents.tolist()):
+        if parent >= 0:
+            roots[i] = roots[parent]
+    return roots
+
+
+def subtree(tokens: np.ndarray, parents: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and parents of the nodes `kept`, in order, which must hold their own ancestors."""
+    place = np.full(len(parents) + 1, -1)
+    place[kept] = np.arange(len(kept))
+    return tokens[kept], place[parents[kept]].astype(np.int32)  # place[-1] is -1
+
+
+Tree = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, parents, weights
+
+
+def fuse(trees: Sequence[Tree]) -> Tree:
+    """One tree of all: each path of a later tree is walked down the earlier ones while tokens agree, and what is left
+    of it is attached there (longest prefix matching). Weights of a node in several trees add up."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    weights: list[float] = []
+    known: dict[tuple[int, int], int] = {}
+    for tree in trees:
+        place: list[int] = []
+        for token, parent, weight in zip(*(column.tolist() for column in tree), strict=True):
+            under = place[parent] if parent >= 0 else -1
+            node = known.get((under, token))
+            if node is None:
+                node = known[under, token] = len(tokens)
+                tokens.append(token)
+                parents.append(under)
+                weights.append(0.0)
+            weights[node] += weight
+            place.append(node)
+    return np.asarray(tokens, np.int32), np.asarray(parents, np.int32), np.asarray(weights, np.float32)
+
+
+def depths(parents: np.ndarray) -> np.ndarray:
+    """How many tokens after the sequence's last one each node stands, `[N]`, from 1."""
+    found: list[int] = []
+    for parent in parents.tolist():
+        found.append(1 if parent < 0 else found[parent] + 1)
+    return np.asarray(found, np.int64)
+
+
+def ancestor_bits(parents: np.ndarray) -> np.ndarray:
+    """uint64 `[1 + N]`: what the last token (bit 0) and each node i (bit 1 + i) may see of them: their ancestors and
+    themselves. At most 63 nodes."""
+    if len(parents) > 63:
+        raise ValueError(f"A tree has {len(parents)} nodes, but at most 63 can be verified at once.")
+    bits = [1]
+    for i, parent in enumerate(parents.tolist()):
+        bits.append(bits[parent + 1] | 1 << (i + 1))
+    return np.asarray(bits, np.uint64)
+
+
+def verify(tokens: np.ndarray, parents: np.ndarray, drawn: Sequence[int]) -> list[int]:
+    """The nodes that the target agrees with, from the root down. `drawn` `[1 + N]`: the token that the target draws
+    after the last token, and after each node. The output is the drawn tokens along that path, the one after its end
+    included: what plain decoding draws, since every position has one number of its own."""
+    children = {
+        (parent, token): i for i, (parent, token) in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True))
+    }
+    path: list[int] = []
+    node = children.get((-1, drawn[0]))
+    while node is not None:
+        path.append(node)
+        node = children.get((node, drawn[node + 1]))
+    return path

@@ -1,0 +1,148 @@
+"""Speculation changes how many passes an answer takes, and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from thornback.algorithms import fuse
+from thornback.contracts import ConfigError, EngineConfig, Request, SamplingParams, SpeculationConfig, TokenTree
+from thornback.engine import TorchEngine, generate
+
+VOCABULARY = 64
+
+
+def tree_of(paths: list[list[int]]) -> TokenTree:
+    arrays = [
+        (np.asarray(p, np.int32), np.arange(len(p), dtype=np.int32) - 1, np.ones(len(p), np.float32)) for p in paths
+    ]
+    return TokenTree(*fuse(arrays))
+
+
+class Oracle:
+    """Knows what will be said, and says so among other things: so that every shape of agreement comes up."""
+
+    def __init__(self, sequences: list[list[int]], seed: int = 0, vocabulary: int = VOCABULARY) -> None:
+        self.sequences, self.rng, self.vocabulary = sequences, np.random.default_rng(seed), vocabulary
+        self.asked = 0
+
+    def retrieve(self, context: np.ndarray, num_nodes: int) -> TokenTree:
+        self.asked += 1
+        known = context.tolist()
+        paths = [self.rng.integers(0, self.vocabulary, self.rng.integers(1, 5)).tolist() for _ in range(3)]
+        for tokens in self.sequences:
+            if tokens[: len(known)] == known:
+                right = tokens[len(known) : len(known) + int(self.rng.integers(1, 7))]
+                paths.append(right)
+                for cut in range(len(right)):  # wrong turns off the right way
+                    paths.append([*right[:cut], int(self.rng.integers(0, self.vocabulary))])
+        self.rng.shuffle(paths)
+        return tree_of([p for p in paths if p])
+
+
+def requests_of(count: int, **sampling) -> list[Request]:
+    rng = np.random.default_rng(count)
+    return [
+        Request(
+            str(i),
+            tuple(int(t) for t in rng.integers(5, VOCABULARY, 3 + 5 * (i % 6))),
+            SamplingParams(**{"max_tokens": 24, "seed": 100 + i, "ignore_eos": True, **sampling}),
+        )
+        for i in range(count)
+    ]
+
+
+def compare(model, requests: list[Request], config: dict, least: float = 0.2) -> TorchEngine:
+    """Run without and with speculation; the latter must need fewer passes and say the same."""
+    plain = generate(TorchEngine(model, EngineConfig(num_threads=1, **config)), requests)
+    sequences = [
+        [*request.prompt_token_ids, *sample.token_ids.tolist()]
+        for request in requests
+        for sample in plain[request.request_id]
+    ]
+    oracle = Oracle(sequences)
+    speculation = SpeculationConfig(num_nodes=20)
+    engine = TorchEngine(model, EngineConfig(num_threads=1, speculation=speculation, **config), (oracle,))
+    fast = generate(engine, requests)
+    for key, samples in plain.items():
+        for wanted, got in zip(samples, fast[key], strict=True):
+            assert got.token_ids.tolist() == wanted.token_ids.tolist()
+            assert got.finish_reason == wanted.finish_reason
+            np.testing.assert_allclose(got.logprobs, wanted.logprobs, atol=1e-4)
+    counts = engine.speculation
+    assert counts.num_accepted_tokens >= least * counts.num_drafts, "the oracle was not believed"
+    assert engine.load().num_free_blocks == engine.load().num_blocks
+    return engine
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_lossless(tiny_model, architecture, temperature, batch) -> None:
+    compare(tiny_model(architecture), requests_of(batch, temperature=temperature), {}, least=1.0)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.7, "top_p": 0.8},
+        {"top_k": 5, "min_p": 0.02},
+        {"min_tokens": 9, "ignore_eos": False, "stop_token_ids": tuple(range(20, 40))},
+        {"stop_token_ids": (7, 9, 11, 13), "logprobs": 2},
+        {"n": 3, "prompt_logprobs": 1},
+    ],
+)
+def test_lossless_with_every_parameter(tiny_model, sampling) -> None:
+    compare(tiny_model("qwen3"), requests_of(6, **sampling), {})
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_lossless_when_memory_is_short(tiny_model, block_size) -> None:
+    config = {
+        "block_size": block_size,
+        "num_blocks": 112 // block_size,
+        "max_num_batched_tokens": 40,
+        "max_num_seqs": 5,
+    }
+    engine = compare(tiny_model("qwen3"), requests_of(9), config)
+    assert engine.load().num_preempted > 0
+
+
+def test_exact_in_float64(tiny_model) -> None:
+    """Also through torch's attention, where trees are masks."""
+    compare(tiny_model("llama"), requests_of(5), {"dtype": "float64"}, least=1.0)
+
+
+def test_plain_requests_beside_speculating_ones(tiny_model, monkeypatch) -> None:
+    monkeypatch.setattr("thornback.engine.attention._FEW", 6)  # larger trees go through torch's attention
+    compare(tiny_model("qwen3"), requests_of(8), {})
+
+
+def test_alternatives_and_counts(tiny_model) -> None:
+    requests = requests_of(2, logprobs=3)
+    plain = generate(TorchEngine(tiny_model("qwen3"), EngineConfig(num_threads=1)), requests)
+    oracle = Oracle([[*r.prompt_token_ids, *plain[r.request_id][0].token_ids.tolist()] for r in requests])
+    engine = TorchEngine(
+        tiny_model("qwen3"), EngineConfig(num_threads=1, speculation=SpeculationConfig(num_nodes=12)), (oracle,)
+    )
+    for request in requests:
+        engine.add_request(request)
+    passes = tokens = 0
+    while engine.has_unfinished_requests():
+        passes += 1
+        for output in engine.step():
+            tokens += len(output.token_ids)
+            assert len(output.token_ids) == len(output.logprobs) == len(output.top_logprobs)
+            for logprob, top in zip(output.logprobs, output.top_logprobs, strict=True):
+                assert len(top) == 3
+                assert logprob <= top[0][1] + 1e-6
+    assert tokens == 48
+    assert passes < 24
+    counts = engine.speculation
+    assert counts.num_drafts + counts.num_accepted_tokens + 2 <= tokens  # drafts' passes and what they gained
+    assert counts.num_draft_tokens <= 12 * counts.num_drafts
+
+
+def test_a_tree_that_no_pass_can_hold_is_refused() -> None:
+    with pytest.raises(ConfigError, match="num_nodes is 64"):
+        SpeculationConfig(num_nodes=64)
