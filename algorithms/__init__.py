@@ -4,6 +4,7 @@ from thornback.algorithms.advantages import ANCHORED, ESTIMATORS, Advantages, Gr
 from thornback.algorithms.alignment import align_runs, runs_of
 from thornback.algorithms.difficulty import fate
 from thornback.algorithms.segments import SegmentAllocator
+from thornback.algorithms.speculation import Agreement, best_size, chances
 from thornback.algorithms.trees import ancestor_bits, depths, fuse, prune, subtree, verify
 
 # The losses are torch functions: `from thornback.algorithms.losses import policy_loss` keeps torch out of here.
@@ -11,10 +12,13 @@ __all__ = [
     "ANCHORED",
     "ESTIMATORS",
     "Advantages",
+    "Agreement",
     "GroupRewards",
     "SegmentAllocator",
     "align_runs",
     "ancestor_bits",
+    "best_size",
+    "chances",
     "depths",
     "fate",
     "fuse",

@@ -43,10 +43,12 @@ class Retriever(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationConfig:
-    """`num_nodes`: how many tokens, at most 63, a pass verifies for a sequence besides its next one. `max_lookback`:
-    how many of its last tokens retrievers see."""
+    """`num_nodes`: how many tokens, at most 63, a pass verifies for a sequence besides its next one; fewer where a pass
+    of that many tokens costs more than it wins, unless `adaptive` is off. `max_lookback`: how many of its last tokens
+    retrievers see."""
 
-    num_nodes: int = 16
+    num_nodes: int = 32
+    adaptive: bool = True
     max_lookback: int = 4096
 
     def __post_init__(self) -> None:

@@ -55,17 +55,26 @@ class ModelRunner:
             tokens = [seq.token_ids[-1] for seq in sequences]
         else:
             tokens = self._prepare(batch, sequences, contexts)
-        token_ids = self._tensor(tokens)
+        return self._run(self._tensor(tokens), self._rows, self._paged), self._first_row
+
+    @torch.inference_mode()
+    def try_pass(self, num_tokens: int) -> None:
+        """A pass of so many sequences' first tokens, to see what it takes; it spoils the pool's first block."""
+        zeros = self._tensor([0] * num_tokens)
+        paged = PagedBatch.of(self.pool.tensor, [1] * num_tokens, [0] * num_tokens, [[0]] * num_tokens)
+        self._run(zeros, torch.arange(num_tokens, device=self.device), paged).cpu()
+
+    def _run(self, token_ids: Tensor, rows: Tensor, paged: PagedBatch) -> Tensor:
+        """Logits `[R, V]` of the rows `[R]` of `token_ids` `[T]`."""
         if self._program is not None:
-            return self._program(token_ids, self._rows, self._paged), self._first_row
-        logits = self.model(
+            return self._program(token_ids, rows, paged)
+        return self.model(
             input_ids=token_ids[None],
-            position_ids=self._paged.positions[None],
+            position_ids=paged.positions[None],
             use_cache=False,
-            logits_to_keep=0 if len(self._rows) == len(tokens) else self._rows,  # 0: all
-            batch=self._paged,
+            logits_to_keep=0 if len(rows) == len(token_ids) else rows,  # 0: all
+            batch=paged,
         ).logits[0]
-        return logits, self._first_row
 
     def _prepare(self, batch: list[Scheduled], sequences: list[Sequence], contexts: list[int]) -> list[int]:
         """What a pass needs to know, from nothing; returns its tokens."""

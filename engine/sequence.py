@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from thornback.algorithms import Agreement
 from thornback.contracts import KVImport, Request, TokenTree
 
 
@@ -30,6 +31,8 @@ class Sequence:
     prompt_logprobs: list | None = None
     grammar: Any = None
     draft: TokenTree | None = None  # what the coming pass verifies, if there is room for it
+    speculates: bool = True  # until a retriever fails it
+    agreement: Agreement = field(default_factory=Agreement)
     kv: KVImport | None = None  # keys and values that came with the request, until they are in blocks
 
     @property

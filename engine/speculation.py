@@ -2,46 +2,182 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from thornback.algorithms import depths, fuse, prune, subtree
+from thornback.algorithms import best_size, chances, depths, fuse, prune, subtree
 from thornback.contracts import Retriever, SpeculationConfig, TokenTree
 from thornback.engine.sequence import Sequence
+
+_log = logging.getLogger(__name__)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens of the passes that are timed
+_MEMORY = 0.95  # what an earlier pass weighs in a rate
+_RUN, _PERIOD = 8, 256  # so many passes in a row try the other way, once in so many
+
+
+@dataclass(slots=True)
+class _Guess:
+    """A tree for a sequence, with each node's chance of being accepted."""
+
+    seq: Sequence
+    tree: TokenTree
+    chances: np.ndarray
+
+
+class _Load:
+    """Whether guessing wins at one load, by what it was seen to win: whatever else it costs is in it."""
+
+    def __init__(self) -> None:
+        self.drafts = False
+        self._tokens, self._seconds = [0.0, 0.0], [0.0, 0.0]  # without and with guessing
+        self._passes = self._since_change = 0
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """A pass gave so many tokens in so many seconds; choose the way of the next one."""
+        way = int(self.drafts)
+        if self._since_change:  # the first after a change has to build what others go on with
+            self._tokens[way] = _MEMORY * self._tokens[way] + num_tokens
+            self._seconds[way] = _MEMORY * self._seconds[way] + seconds
+        self._passes += 1
+        self._since_change += 1
+        if self._since_change > _RUN:
+            plain, drafting = (t / s if s else np.inf for t, s in zip(self._tokens, self._seconds, strict=True))
+            better = drafting > plain
+            if self._passes % _PERIOD < _RUN and self._passes > _PERIOD:
+                better = not better
+            if better != self.drafts:
+                self.drafts, self._since_change = bool(better), 0
 
 
 class Speculation:
     """Gives the sequences that decode their drafts. Counts what vLLM's metrics count: `num_drafts` trees of
-    `num_draft_tokens` nodes, of which `num_accepted_tokens` were right."""
+    `num_draft_tokens` nodes, of which `num_accepted_tokens` were right; and `num_failures`, requests that a retriever
+    failed."""
 
-    def __init__(self, config: SpeculationConfig | None, retrievers: tuple[Retriever, ...], max_model_len: int) -> None:
-        self._config, self._retrievers, self._max_model_len = config, retrievers, max_model_len
-        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+    def __init__(
+        self,
+        config: SpeculationConfig | None,
+        retrievers: tuple[Retriever, ...],
+        max_model_len: int,
+        vocab_size: int,
+    ) -> None:
+        self._config = config if retrievers else None
+        self._retrievers, self._max_model_len, self._vocab_size = retrievers, max_model_len, vocab_size
+        self._sizes = self._seconds = np.empty(0)
+        self._loads: dict[int, _Load] = {}  # by the number of sequences, in powers of two
+        self._load: _Load | None = None
+        self._started = 0.0
+        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = self.num_failures = 0
 
-    def count(self, num_nodes: int, num_accepted: int) -> None:
-        self.num_drafts += 1
-        self.num_draft_tokens += num_nodes
-        self.num_accepted_tokens += num_accepted
-
-    def propose(self, sequences: Iterable[Sequence]) -> None:
-        """Give each sequence whose next pass draws one token the tree to be verified in it."""
-        if self._config is None or not self._retrievers:
+    def measure(self, run: Callable[[int], None], max_tokens: int) -> None:
+        """Learn what passes cost: `run(n)` is one of n tokens."""
+        if self._config is None or not self._config.adaptive:
             return
-        for seq in sequences:
-            # A grammar allows after each node what only it knows: such sequences go on token by token.
-            if len(seq.token_ids) - seq.num_computed_tokens == 1 and seq.grammar is None:
-                seq.draft = self._tree(seq, self._config)
+        self._sizes = np.array([n for n in _SIZES if n <= max(2, max_tokens)])
+        self._seconds = np.array([min(_timed(run, int(n)) for _ in range(4)) for n in self._sizes])
 
-    def _tree(self, seq: Sequence, config: SpeculationConfig) -> TokenTree | None:
+    def propose(self, sequences: list[Sequence]) -> None:
+        """Give each sequence whose next pass draws one token the tree to be verified in it, if that is worth it."""
+        if self._config is None:
+            return
+        # A grammar allows after each node what only it knows: such sequences go on token by token.
+        able = [s for s in sequences if s.grammar is None and s.speculates]
+        eligible = [s for s in able if len(s.token_ids) - s.num_computed_tokens == 1]
+        if not self._config.adaptive:
+            for seq in eligible:
+                guess = self._guess(seq, self._config)
+                seq.draft = guess.tree if guess else None
+            return
+        load = self._loads.setdefault(len(sequences).bit_length(), _Load())
+        num_tokens = sum(len(seq.token_ids) - seq.num_computed_tokens for seq in sequences)
+        self._load = load if len(sequences) == num_tokens else None  # rates are those of passes that only decode
+        self._started = time.perf_counter()
+        if load.drafts:
+            guesses = [guess for guess in (self._guess(seq, self._config) for seq in eligible) if guess]
+            self._choose(guesses, len(sequences), num_tokens)
+        for seq in eligible:
+            if seq.draft is None:
+                seq.agreement.forget()
+
+    def observe(self, num_tokens: int) -> None:
+        """The pass that was proposed is over, and gave so many tokens."""
+        if self._load is not None:
+            self._load.observe(num_tokens, time.perf_counter() - self._started)
+            self._load = None
+
+    def _choose(self, guesses: list[_Guess], num_sequences: int, num_tokens: int) -> None:
+        """The best nodes of all guesses together: as many as make the pass give the most tokens a second."""
+        if not guesses:
+            return
+        every = np.concatenate([guess.chances for guess in guesses])
+        order = np.argsort(-every, kind="stable")
+        size = best_size(every[order], num_sequences, num_tokens, self._seconds, self._sizes)
+        kept, start = np.zeros(len(every), bool), 0
+        kept[order[:size]] = True  # a child is never likelier than its parent, and comes after it
+        for guess in guesses:
+            mine = np.flatnonzero(kept[start : start + len(guess.chances)])
+            start += len(guess.chances)
+            if len(mine):
+                tokens, parents = subtree(guess.tree.tokens, guess.tree.parents, mine)
+                guess.seq.draft = TokenTree(tokens, parents, guess.tree.weights[mine])
+
+    def _guess(self, seq: Sequence, config: SpeculationConfig) -> _Guess | None:
         room = (
             min(seq.request.sampling.max_tokens - seq.num_output_tokens, self._max_model_len - len(seq.token_ids)) - 1
         )
         if room < 1:
             return None
-        context = np.asarray(seq.token_ids[-config.max_lookback :], np.int32)
-        found = [retriever.retrieve(context, config.num_nodes) for retriever in self._retrievers]
-        tokens, parents, weights = fuse([(tree.tokens, tree.parents, tree.weights) for tree in found])
-        weights[depths(parents) > room] = 0  # behind the last token that may be drawn
+        trees = self._retrieve(seq, config)
+        if not trees:
+            return None
+        shares = [tree.weights / tree.weights[tree.parents < 0].sum() for tree in trees]
+        tokens, parents, weights = fuse([(t.tokens, t.parents, s) for t, s in zip(trees, shares, strict=True)])
+        depth = depths(parents)
+        weights[depth > room] = 0  # behind the last token that may be drawn
         kept = prune(tokens, parents, weights, config.num_nodes)
-        return TokenTree(*subtree(tokens, parents, kept), weights[kept]) if len(kept) else None
+        if not len(kept):
+            return None
+        likely = chances(np.minimum(weights[kept] / len(trees), 1.0), depth[kept], seq.agreement.rate)
+        return _Guess(seq, TokenTree(*subtree(tokens, parents, kept), weights[kept]), likely)
+
+    def _retrieve(self, seq: Sequence, config: SpeculationConfig) -> list[TokenTree]:
+        """What retrievers know. One that fails ends the guessing for this request, and nothing else."""
+        context = np.asarray(seq.token_ids[-config.max_lookback :], np.int32)
+        try:
+            trees = [retriever.retrieve(context, config.num_nodes) for retriever in self._retrievers]
+            for tree in trees:
+                _check(tree, self._vocab_size)
+        except Exception as error:
+            seq.speculates = False
+            self.num_failures += 1
+            _log.warning("Request %s goes on without speculation: %s", seq.request.request_id, error)
+            return []
+        return [tree for tree in trees if len(tree)]
+
+    def learn(self, seq: Sequence, draft: TokenTree, path: list[int]) -> None:
+        """A draft was verified, and the model went down `path`."""
+        self.num_drafts += 1
+        self.num_draft_tokens += len(draft)
+        self.num_accepted_tokens += len(path)
+        end = path[-1] if path else -1
+        seq.agreement.learn(len(path), float((draft.parents == end).any()))
+
+
+def _check(tree: TokenTree, vocab_size: int) -> None:
+    """Raise `ValueError` for a tree that no model can verify."""
+    if not len(tree.tokens) == len(tree.parents) == len(tree.weights):
+        raise ValueError("a retriever's tree has columns of different lengths.")
+    if len(tree) and not (tree.tokens.min() >= 0 and tree.tokens.max() < vocab_size):
+        raise ValueError(f"a retriever proposes tokens that a vocabulary of {vocab_size} does not have.")
+    if (tree.parents >= np.arange(len(tree))).any() or (tree.parents < -1).any():
+        raise ValueError("a retriever's tree has nodes before their parents.")
+
+
+def _timed(run: Callable[[int], None], size: int) -> float:
+    started = time.perf_counter()
+    run(size)
+    return time.perf_counter() - started

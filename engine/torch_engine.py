@@ -89,7 +89,8 @@ class TorchEngine:
         self.blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
         self.runner = ModelRunner(self.model, self.pool, AdapterSet(self.model, config.adapters), self.max_model_len)
-        self.speculation = Speculation(config.speculation, retrievers, self.max_model_len)
+        self.speculation = Speculation(config.speculation, retrievers, self.max_model_len, self.shape.vocab_size)
+        self.speculation.measure(self.runner.try_pass, config.max_num_batched_tokens)
         self.weight_version = 0
         self._sequences: dict[str, list[Sequence]] = {}
         self._leases: dict[str, tuple[Lease, list[int]]] = {}
@@ -214,6 +215,7 @@ class TorchEngine:
             path = [] if turn.draft is None else self._settle(turn, sampled.tokens[at : at + 1 + len(turn.draft)])
             outputs.append(self._advance(turn.seq, [at, *(at + 1 + node for node in path)], sampled))
             at += 1 + (0 if turn.draft is None else len(turn.draft))
+        self.speculation.observe(sum(len(output.token_ids) for output in outputs))
         return outputs
 
     def _settle(self, turn: _Turn, drawn: list[int]) -> list[int]:
@@ -221,7 +223,7 @@ class TorchEngine:
         seq, draft = turn.seq, turn.draft
         assert draft is not None
         path = verify(draft.tokens, draft.parents, drawn)
-        self.speculation.count(len(draft), len(path))
+        self.speculation.learn(seq, draft, path)
         moved = [(node, i) for i, node in enumerate(path) if node != i]
         if moved:
             size = self.config.block_size

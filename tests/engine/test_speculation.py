@@ -61,7 +61,7 @@ def compare(model, requests: list[Request], config: dict, least: float = 0.2) ->
         for sample in plain[request.request_id]
     ]
     oracle = Oracle(sequences)
-    speculation = SpeculationConfig(num_nodes=20)
+    speculation = SpeculationConfig(num_nodes=20, adaptive=False)
     engine = TorchEngine(model, EngineConfig(num_threads=1, speculation=speculation, **config), (oracle,))
     fast = generate(engine, requests)
     for key, samples in plain.items():
@@ -123,7 +123,9 @@ def test_alternatives_and_counts(tiny_model) -> None:
     plain = generate(TorchEngine(tiny_model("qwen3"), EngineConfig(num_threads=1)), requests)
     oracle = Oracle([[*r.prompt_token_ids, *plain[r.request_id][0].token_ids.tolist()] for r in requests])
     engine = TorchEngine(
-        tiny_model("qwen3"), EngineConfig(num_threads=1, speculation=SpeculationConfig(num_nodes=12)), (oracle,)
+        tiny_model("qwen3"),
+        EngineConfig(num_threads=1, speculation=SpeculationConfig(num_nodes=12, adaptive=False)),
+        (oracle,),
     )
     for request in requests:
         engine.add_request(request)
@@ -141,6 +143,62 @@ def test_alternatives_and_counts(tiny_model) -> None:
     counts = engine.speculation
     assert counts.num_drafts + counts.num_accepted_tokens + 2 <= tokens  # drafts' passes and what they gained
     assert counts.num_draft_tokens <= 12 * counts.num_drafts
+
+
+class Failing(Oracle):
+    """Answers some questions, then not, or with nonsense."""
+
+    def __init__(self, sequences: list[list[int]], nonsense: TokenTree | None) -> None:
+        super().__init__(sequences)
+        self.nonsense = nonsense
+
+    def retrieve(self, context: np.ndarray, num_nodes: int) -> TokenTree:
+        if self.asked < 7:
+            return super().retrieve(context, num_nodes)
+        if self.nonsense is None:
+            raise OSError("the store is gone")
+        return self.nonsense
+
+
+def column(*values: int) -> np.ndarray:
+    return np.asarray(values, np.int32)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        None,
+        TokenTree(column(3, 10_000), column(-1, 0), np.ones(2, np.float32)),
+        TokenTree(column(-3), column(-1), np.ones(1, np.float32)),
+        TokenTree(column(3, 4), column(1, -1), np.ones(2, np.float32)),
+        TokenTree(column(3, 4), column(-1, 0), np.ones(3, np.float32)),
+    ],
+)
+def test_a_retriever_that_fails_ends_the_guessing_only(tiny_model, nonsense, caplog) -> None:
+    requests = requests_of(3)
+    plain = generate(TorchEngine(tiny_model("qwen3"), EngineConfig(num_threads=1)), requests)
+    known = [[*r.prompt_token_ids, *plain[r.request_id][0].token_ids.tolist()] for r in requests]
+    config = EngineConfig(num_threads=1, speculation=SpeculationConfig(adaptive=False))
+    engine = TorchEngine(tiny_model("qwen3"), config, (Failing(known, nonsense),))
+    got = generate(engine, requests)
+    for key, samples in plain.items():
+        assert got[key][0].token_ids.tolist() == samples[0].token_ids.tolist()
+    assert engine.speculation.num_drafts > 0
+    assert engine.speculation.num_failures == 3
+    assert len([r for r in caplog.records if "without speculation" in r.message]) == 3
+
+
+def test_adaptive_speculation_is_lossless_and_learns(tiny_model) -> None:
+    requests = requests_of(4, max_tokens=120, temperature=0.0)
+    plain = generate(TorchEngine(tiny_model("qwen3"), EngineConfig(num_threads=1)), requests)
+    known = [[*r.prompt_token_ids, *plain[r.request_id][0].token_ids.tolist()] for r in requests]
+    engine = TorchEngine(
+        tiny_model("qwen3"), EngineConfig(num_threads=1, speculation=SpeculationConfig()), (Oracle(known),)
+    )
+    got = generate(engine, requests)
+    for key, samples in plain.items():
+        assert got[key][0].token_ids.tolist() == samples[0].token_ids.tolist()
+    assert engine.speculation.num_drafts > 0
 
 
 def test_a_tree_that_no_pass_can_hold_is_refused() -> None:

@@ -1,0 +1,55 @@
+"""How much to guess: the size of draft trees by what a pass costs and by how often guesses were right (ours)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_PRIOR, _TRUST = 0.6, 2.0  # how often a guess is right before anything is known, and how many guesses that counts for
+_MEMORY = 0.9  # what an earlier pass weighs beside the one after it
+
+
+@dataclass(slots=True)
+class Agreement:
+    """How often a sequence's next token was among those that were guessed for it, of late."""
+
+    right: float = 0.0
+    tried: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        return (self.right + _PRIOR * _TRUST) / (self.tried + _TRUST)
+
+    def learn(self, num_accepted: int, stopped: float) -> None:
+        """A pass accepted so many tokens one after the other; then `stopped`, in [0, 1], guesses were wrong: 0 if the
+        tree ended there."""
+        self.forget()
+        self.right += num_accepted
+        self.tried += num_accepted + stopped
+
+    def forget(self) -> None:
+        """A pass without a guess: what is known grows old, so that guessing is tried again some time."""
+        self.right *= _MEMORY
+        self.tried *= _MEMORY
+
+
+def chances(shares: np.ndarray, depths: np.ndarray, rate: float) -> np.ndarray:
+    """How likely each node of a tree is to be accepted, `[N]`: its share of what its source has seen, in [0, 1], and
+    the sequence's agreement at each token on the way."""
+    return shares * rate**depths
+
+
+def best_size(likely: np.ndarray, num_sequences: int, num_tokens: int, seconds: np.ndarray, sizes: np.ndarray) -> int:
+    """How many of the nodes, whose chances are `likely` `[N]` from the best down, a pass should verify: as many as give
+    the most tokens a second.
+
+    The pass draws for `num_sequences` sequences and carries `num_tokens` tokens anyway; `seconds` `[S]` is what passes
+    of `sizes` `[S]` tokens take, ascending; what is between them is interpolated, what is beyond is extended.
+    """
+    counts = np.arange(len(likely) + 1)
+    gained = num_sequences + np.append(0.0, np.cumsum(likely))
+    total = num_tokens + counts
+    slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+    taken = np.interp(total, sizes, seconds) + np.maximum(0, total - sizes[-1]) * slope
+    return int(np.argmax(gained / taken))
