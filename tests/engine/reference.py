@@ -14,6 +14,23 @@ from thornback.engine.randomness import positional_uniform
 TIE = 1e-4  # design.md: in float32 a first difference is allowed only where candidates are closer than this
 
 
+def allowed(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """Slow and plain: probabilities `[V]` after min_p, top_k and top_p."""
+    p = np.exp((logits - logits.max()) / params.temperature)
+    p /= p.sum()
+    p[p < params.min_p * p.max()] = 0
+    order = np.argsort(-p, kind="stable")
+    if params.top_k > 0:
+        p[order[params.top_k :]] = 0
+    p /= p.sum()
+    total = 0.0
+    for token in order:
+        if total >= params.top_p:
+            p[token] = 0
+        total += p[token]
+    return p / p.sum()
+
+
 class Reference:
     """A model run the plain way: one sequence, no cache."""
 

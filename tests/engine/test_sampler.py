@@ -8,26 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from tests.engine.reference import allowed
 from thornback.contracts import SamplingParams
 from thornback.engine.randomness import positional_uniform
 from thornback.engine.sampler import SamplingBatch, sample
-
-
-def allowed(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """Slow and plain: probabilities `[V]` after min_p, top_k and top_p."""
-    p = np.exp((logits - logits.max()) / params.temperature)
-    p /= p.sum()
-    p[p < params.min_p * p.max()] = 0
-    order = np.argsort(-p, kind="stable")
-    if params.top_k > 0:
-        p[order[params.top_k :]] = 0
-    p /= p.sum()
-    total = 0.0
-    for token in order:
-        if total >= params.top_p:
-            p[token] = 0
-        total += p[token]
-    return p / p.sum()
 
 
 @settings(max_examples=150, deadline=None)
