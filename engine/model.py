@@ -25,6 +25,7 @@ class ModelShape:
     vocab_size: int
     max_positions: int
     eos_token_ids: frozenset[int]
+    sliding_window: int | None  # of some layers' attention
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelShape:
@@ -38,6 +39,7 @@ class ModelShape:
             vocab_size=config.vocab_size,
             max_positions=getattr(config, "max_position_embeddings", None) or 1 << 20,
             eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or ()),
+            sliding_window=getattr(config, "sliding_window", None),
         )
 
 

@@ -15,6 +15,7 @@ from xgrammar import GrammarMatcher
 from thornback.algorithms import depths, runs_of, verify
 from thornback.contracts import (
     BlockRun,
+    ConfigError,
     EngineConfig,
     EngineLoad,
     FinishReason,
@@ -89,6 +90,11 @@ class TorchEngine:
         self.blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
         self.runner = ModelRunner(self.model, self.pool, AdapterSet(self.model, config.adapters), self.max_model_len)
+        if config.speculation and (self.shape.sliding_window or self.max_model_len) < self.max_model_len:
+            raise ConfigError(
+                f"{model} attends to the last {self.shape.sliding_window} tokens only, which speculation does not see: "
+                "leave it out, or make max_model_len no longer than that."
+            )
         self.speculation = Speculation(config.speculation, retrievers, self.max_model_len, self.shape.vocab_size)
         self.speculation.measure(self.runner.try_pass, config.max_num_batched_tokens)
         self.weight_version = 0

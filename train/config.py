@@ -74,7 +74,7 @@ class RunConfig(Section):
                 f"algorithm.estimator: {self.algorithm.estimator} needs reference anchors; add an `anchors:` section"
             )
         if self.rollout.engine == "torch":
-            known = [f.name for f in fields(EngineConfig)]
+            known = [f.name for f in fields(EngineConfig) if f.name != "speculation"]  # needs retrievers
             for name in self.rollout.engine_options:
                 if name not in known:
                     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -204,3 +207,16 @@ def test_adaptive_speculation_is_lossless_and_learns(tiny_model) -> None:
 def test_a_tree_that_no_pass_can_hold_is_refused() -> None:
     with pytest.raises(ConfigError, match="num_nodes is 64"):
         SpeculationConfig(num_nodes=64)
+
+
+def test_a_window_shorter_than_the_sequence_is_refused(tiny_model, tmp_path) -> None:
+    directory = tmp_path / "window"
+    shutil.copytree(tiny_model("qwen2"), directory)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
+    config.pop("layer_types", None)
+    (directory / "config.json").write_text(json.dumps(config))
+    speculation = SpeculationConfig()
+    with pytest.raises(ConfigError, match="last 16 tokens only"):
+        TorchEngine(directory, EngineConfig(num_threads=1, speculation=speculation), (Oracle([]),))
+    TorchEngine(directory, EngineConfig(num_threads=1, speculation=speculation, max_model_len=16), (Oracle([]),))
