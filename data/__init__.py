@@ -9,6 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from thornback.data.datastore import Datastore as Datastore
+    from thornback.data.datastore import DatastoreInfo as DatastoreInfo
+    from thornback.data.datastore import PromptLookup as PromptLookup
+    from thornback.data.datastore import tokenizer_fingerprint as tokenizer_fingerprint
     from thornback.data.demonstrations import Demonstration as Demonstration
     from thornback.data.demonstrations import Flaws as Flaws
     from thornback.data.demonstrations import make_demonstrations as make_demonstrations
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 _HOMES = {
     name: module
     for module, names in {
+        "datastore": "Datastore DatastoreInfo PromptLookup tokenizer_fingerprint",
         "demonstrations": "Demonstration Flaws make_demonstrations",
         "files": "open_location",
         "importing": "load_object",
