@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from thornback.data.demonstrations import Demonstration as Demonstration
     from thornback.data.demonstrations import Flaws as Flaws
     from thornback.data.demonstrations import make_demonstrations as make_demonstrations
+    from thornback.data.documents import Documents as Documents
+    from thornback.data.documents import read_documents as read_documents
     from thornback.data.files import open_location as open_location
     from thornback.data.importing import load_object as load_object
     from thornback.data.readers import BadRowReport as BadRowReport
@@ -42,6 +44,7 @@ _HOMES = {
     for module, names in {
         "datastore": "Datastore DatastoreInfo PromptLookup tokenizer_fingerprint",
         "demonstrations": "Demonstration Flaws make_demonstrations",
+        "documents": "Documents read_documents",
         "files": "open_location",
         "importing": "load_object",
         "readers": "BadRowReport PromptSet read_prompts",

@@ -114,7 +114,7 @@ class Datastore:
             raise DataError(f"{name} has format {info.version}, but this version reads {_VERSION}; build it again.")
         if len(tokens) != info.num_tokens + info.num_documents:
             raise DataError(f"{name} holds {len(tokens)} places where its description says otherwise; build it again.")
-        if vocab_size is not None and info.vocab_size != vocab_size:
+        if vocab_size is not None and info.vocab_size > vocab_size:  # a model's may be padded
             raise DataError(f"{name} is of a vocabulary of {info.vocab_size} tokens, but the model's has {vocab_size}.")
         if tokenizer is not None and info.tokenizer != tokenizer:
             raise DataError(f"{name} was built with another tokenizer than the model's; build it with the model's own.")
@@ -177,4 +177,7 @@ class PromptLookup:
 
 def tokenizer_fingerprint(model: str | Path) -> str:
     """Of a model directory's tokenizer file, so that a store is not read with another one."""
-    return hashlib.sha256((Path(model) / "tokenizer.json").read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256((Path(model) / "tokenizer.json").read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{model} has no tokenizer.json; give a model directory that holds its tokenizer.") from error
