@@ -7,7 +7,9 @@ a match is never longer, so that nothing beyond needs an order.
 # mypy: disable-error-code="no-untyped-def, misc"
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -15,6 +17,9 @@ from numba import njit
 from thornback.contracts import TokenTree
 
 DEPTH = 16
+# numba refuses to keep what it compiled where it may not write.
+_KEEP = any(os.access(place, os.W_OK) for place in (os.path.dirname(__file__), os.path.expanduser("~")))
+_OPTIONS: dict[str, Any] = {"cache": _KEEP, "nogil": True}
 END = np.uint32(0xFFFFFFFF)  # no token; sorts behind all of them
 
 
@@ -45,7 +50,7 @@ def sort_places(tokens: np.ndarray) -> np.ndarray:
         rank[order] = np.cumsum(np.append(0, ordered[1:] != ordered[:-1])) + 1
 
 
-@njit(cache=True, nogil=True)
+@njit(**_OPTIONS)
 def _compare(tokens, place, context, start):
     """Whether the tokens from `place` on come before (-1), begin with (0) or come after (1) `context[start:]`."""
     for i in range(len(context) - start):
@@ -57,7 +62,7 @@ def _compare(tokens, place, context, start):
     return 0
 
 
-@njit(cache=True, nogil=True)
+@njit(**_OPTIONS)
 def _bound(tokens, order, context, start, upper):
     """The first place in `order` that does not come before what matches `context[start:]`, or, `upper`, after it."""
     low, high = 0, len(order)
@@ -71,7 +76,7 @@ def _bound(tokens, order, context, start, upper):
     return low
 
 
-@njit(cache=True, nogil=True)
+@njit(**_OPTIONS)
 def longest_match(tokens, order, context, min_match, max_match):
     """How many of the last tokens of `context` occur together, between the two bounds, or 0; and the range of `order`
     where they do. What occurs with n tokens occurs with n - 1, so that n is found by bisection."""
@@ -89,7 +94,7 @@ def longest_match(tokens, order, context, min_match, max_match):
     return found, first, _bound(tokens, order, context, len(context) - found, True)
 
 
-@njit(cache=True, nogil=True)
+@njit(**_OPTIONS)
 def continuations(tokens, order, first, last, match, count, length):
     """int64 `[min(count, last - first), length]`: what follows the match at places spread evenly over the range; -1
     behind a document's end."""
@@ -104,7 +109,7 @@ def continuations(tokens, order, first, last, match, count, length):
     return out
 
 
-@njit(cache=True, nogil=True)
+@njit(**_OPTIONS)
 def earlier(context, min_match, max_match, count, length):
     """As `continuations`, of the places in `context` itself where the most of its last tokens occurred before, the
     latest first."""
@@ -129,7 +134,7 @@ def earlier(context, min_match, max_match, count, length):
     return out
 
 
-@njit(cache=True, nogil=True)
+@njit(**_OPTIONS)
 def _merge(paths, weights):
     """A trie of the rows of `paths`, each of its weight: tokens, parents, weights."""
     room = paths.size
