@@ -84,6 +84,8 @@ class Speculation:
         """Give each sequence whose next pass draws one token the tree to be verified in it, if that is worth it."""
         if self._config is None:
             return
+        for seq in sequences:
+            seq.draft = None  # one that found no room in its pass is old by now
         # A grammar allows after each node what only it knows: such sequences go on token by token.
         able = [s for s in sequences if s.grammar is None and s.speculates]
         eligible = [s for s in able if len(s.token_ids) - s.num_computed_tokens == 1]
@@ -126,10 +128,8 @@ class Speculation:
                 guess.seq.draft = TokenTree(tokens, parents, guess.tree.weights[mine])
 
     def _guess(self, seq: Sequence, config: SpeculationConfig) -> _Guess | None:
-        room = (
-            min(seq.request.sampling.max_tokens - seq.num_output_tokens, self._max_model_len - len(seq.token_ids)) - 1
-        )
-        if room < 1:
+        left = min(seq.request.sampling.max_tokens - seq.num_output_tokens, self._max_model_len - len(seq.token_ids))
+        if left < 2:
             return None
         trees = self._retrieve(seq, config)
         if not trees:
@@ -137,7 +137,7 @@ class Speculation:
         shares = [tree.weights / tree.weights[tree.parents < 0].sum() for tree in trees]
         tokens, parents, weights = fuse([(t.tokens, t.parents, s) for t, s in zip(trees, shares, strict=True)])
         depth = depths(parents)
-        weights[depth > room] = 0  # behind the last token that may be drawn
+        weights[depth >= left] = 0  # behind the last token that may be drawn
         kept = prune(tokens, parents, weights, config.num_nodes)
         if not len(kept):
             return None
