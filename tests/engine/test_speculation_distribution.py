@@ -27,7 +27,7 @@ def model(tiny_model, tmp_path_factory) -> Path:
     """A random model that is less indifferent than they are."""
     directory = tmp_path_factory.mktemp("decided")
     loaded = AutoModelForCausalLM.from_pretrained(tiny_model("qwen3"))
-    loaded.model.norm.weight.data.mul_(3)
+    loaded.model.norm.weight.data.mul_(2.5)  # more, and it repeats itself
     loaded.save_pretrained(directory)
     return directory
 
@@ -91,7 +91,7 @@ def check(directory: Path, sampling: dict, num_samples: int, num_tests: int) -> 
     for drawn in tokens.values():
         counts[drawn[2]] += 1
     assert counts.sum() == num_samples
-    assert engine.speculation.num_accepted_tokens > num_samples / 20
+    assert engine.speculation.num_accepted_tokens > num_samples / 100
     assert chi_square(counts, exact) > 0.01 / num_tests
 
 
