@@ -22,7 +22,7 @@ from thornback.contracts.rollouts import (
     offsets_of,
 )
 from thornback.contracts.sampling import SamplingParams
-from thornback.contracts.speculation import Retriever, SpeculationConfig, TokenTree
+from thornback.contracts.speculation import Retriever, SpeculationConfig, SpeculationStats, TokenTree
 from thornback.contracts.tasks import Completion, Prompt, Reward, RewardScorer, Task
 from thornback.contracts.weights import STORAGE_DTYPES, TensorSpec, WeightView, weight_index
 
@@ -57,6 +57,7 @@ __all__ = [
     "RolloutBatch",
     "SamplingParams",
     "SpeculationConfig",
+    "SpeculationStats",
     "Task",
     "TensorSpec",
     "ThornbackError",

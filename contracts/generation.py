@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from thornback.contracts.kv import KVExport, KVImport, Lease
 from thornback.contracts.sampling import SamplingParams
-from thornback.contracts.speculation import SpeculationConfig
+from thornback.contracts.speculation import SpeculationConfig, SpeculationStats
 from thornback.contracts.weights import WeightView
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -65,6 +65,7 @@ class EngineLoad:
     num_free_blocks: int
     num_blocks: int
     weight_version: int
+    speculation: SpeculationStats | None = None  # of engines that speculate
 
     @property
     def kv_use(self) -> float:

@@ -45,12 +45,34 @@ class Retriever(Protocol):
 class SpeculationConfig:
     """`num_nodes`: how many tokens, at most 63, a pass verifies for a sequence besides its next one; fewer where a pass
     of that many tokens costs more than it wins, unless `adaptive` is off. `max_lookback`: how many of its last tokens
-    retrievers see."""
+    retrievers see. `draft`: the directory of a draft model; "": none.
+
+    `costs`: what passes take, as (tokens, seconds), ascending. They are measured at an engine's start, and rates go on
+    being measured, unless they are given here: then a sequence's trees are a function of what was generated and
+    retrieved alone, which makes runs repeatable to the last bit.
+    """
 
     num_nodes: int = 32
     adaptive: bool = True
     max_lookback: int = 4096
+    draft: str = ""
+    costs: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_nodes <= 63:
             raise ConfigError(f"num_nodes is {self.num_nodes}, but must be between 1 and 63.")
+        if self.costs and not (len(self.costs) > 1 and list(self.costs) == sorted(self.costs)):
+            raise ConfigError("costs must be two or more pairs (tokens, seconds) that ascend.")
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationStats:
+    """What an engine has speculated since its start: `num_drafts` trees of `num_draft_tokens` nodes, of which
+    `num_accepted_tokens` were right, `per_position[i]` of them i + 1 tokens after a sequence's last; and `num_failures`
+    requests for which a retriever or the draft model failed."""
+
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_failures: int
+    per_position: tuple[int, ...]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from thornback.algorithms import best_size, chances, depths, fuse, prune, subtree
-from thornback.contracts import Retriever, SpeculationConfig, TokenTree
+from thornback.contracts import Retriever, SpeculationConfig, SpeculationStats, TokenTree
 from thornback.engine.sequence import Sequence
 
 _log = logging.getLogger(__name__)
@@ -31,13 +31,15 @@ class _Guess:
 class _Load:
     """Whether guessing wins at one load, by what it was seen to win: whatever else it costs is in it."""
 
-    def __init__(self) -> None:
-        self.drafts = False
+    def __init__(self, always: bool = False) -> None:
+        self.drafts = self._always = always
         self._tokens, self._seconds = [0.0, 0.0], [0.0, 0.0]  # without and with guessing
         self._passes = self._since_change = 0
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """A pass gave so many tokens in so many seconds; choose the way of the next one."""
+        if self._always:
+            return
         way = int(self.drafts)
         if self._since_change:  # the first after a change has to build what others go on with
             self._tokens[way] = _MEMORY * self._tokens[way] + num_tokens
@@ -54,9 +56,7 @@ class _Load:
 
 
 class Speculation:
-    """Gives the sequences that decode their drafts. Counts what vLLM's metrics count: `num_drafts` trees of
-    `num_draft_tokens` nodes, of which `num_accepted_tokens` were right; and `num_failures`, requests that a retriever
-    failed."""
+    """Gives the sequences that decode their drafts, and counts what vLLM's metrics count."""
 
     def __init__(
         self,
@@ -72,10 +72,23 @@ class Speculation:
         self._load: _Load | None = None
         self._started = 0.0
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = self.num_failures = 0
+        self._per_position = [0] * config.num_nodes if self._config and config else []
+
+    @property
+    def stats(self) -> SpeculationStats | None:
+        """None where nothing is speculated."""
+        if self._config is None:
+            return None
+        counts = (self.num_drafts, self.num_draft_tokens, self.num_accepted_tokens, self.num_failures)
+        return SpeculationStats(*counts, tuple(self._per_position))
 
     def measure(self, run: Callable[[int], None], max_tokens: int) -> None:
         """Learn what passes cost: `run(n)` is one of n tokens."""
         if self._config is None or not self._config.adaptive:
+            return
+        if self._config.costs:
+            sizes, seconds = zip(*self._config.costs, strict=True)
+            self._sizes, self._seconds = np.array(sizes), np.array(seconds)
             return
         self._sizes = np.array([n for n in _SIZES if n <= max(2, max_tokens)])
         self._seconds = np.array([min(_timed(run, int(n)) for _ in range(4)) for n in self._sizes])
@@ -94,7 +107,8 @@ class Speculation:
                 guess = self._guess(seq, self._config)
                 seq.draft = guess.tree if guess else None
             return
-        load = self._loads.setdefault(len(sequences).bit_length(), _Load())
+        repeatable = bool(self._config.costs)
+        load = self._loads.setdefault(0 if repeatable else len(sequences).bit_length(), _Load(repeatable))
         num_tokens = sum(len(seq.token_ids) - seq.num_computed_tokens for seq in sequences)
         self._load = load if len(sequences) == num_tokens else None  # rates are those of passes that only decode
         self._started = time.perf_counter()
@@ -163,6 +177,8 @@ class Speculation:
         self.num_drafts += 1
         self.num_draft_tokens += len(draft)
         self.num_accepted_tokens += len(path)
+        for depth in range(len(path)):
+            self._per_position[depth] += 1
         end = path[-1] if path else -1
         seq.agreement.learn(len(path), float((draft.parents == end).any()))
 

@@ -386,4 +386,5 @@ class TorchEngine:
             num_free_blocks=self.blocks.num_free,
             num_blocks=self.blocks.num_blocks,
             weight_version=self.weight_version,
+            speculation=self.speculation.stats,
         )
