@@ -3,6 +3,7 @@
 from thornback.algorithms.advantages import ANCHORED, ESTIMATORS, Advantages, GroupRewards
 from thornback.algorithms.alignment import align_runs, runs_of
 from thornback.algorithms.difficulty import fate
+from thornback.algorithms.growth import Growth
 from thornback.algorithms.segments import SegmentAllocator
 from thornback.algorithms.speculation import Agreement, best_size, chances
 from thornback.algorithms.trees import ancestor_bits, depths, fuse, prune, subtree, verify
@@ -14,6 +15,7 @@ __all__ = [
     "Advantages",
     "Agreement",
     "GroupRewards",
+    "Growth",
     "SegmentAllocator",
     "align_runs",
     "ancestor_bits",

@@ -28,7 +28,9 @@ class KVExport:
     """Blocks that one engine offers: the keys and values of a request's first `num_tokens` tokens.
 
     `location` names the pool for a transport (a shared-memory file's path, or "" for this process).
-    `block_shape` is `(num_layers, 2, kv_heads, block_size, head_dim)`; both pools must agree on it.
+    `block_shape` is `(num_layers, 2, kv_heads, block_size, head_dim)`; both pools must agree on it, except that the
+    layers may end with a draft head's, which has read `num_drafted_tokens`; `hidden` `[H]` is the last hidden state,
+    from which it goes on.
     """
 
     request_id: str
@@ -40,12 +42,17 @@ class KVExport:
     dtype: str
     block_shape: tuple[int, ...]
     weight_version: int
+    num_drafted_tokens: int = 0
+    hidden: np.ndarray | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class KVImport:
-    """Keys and values that arrived: `blocks` is `[num_blocks, *block_shape]`, read once while adding the request."""
+    """Keys and values that arrived: `blocks` is `[num_blocks, *block_shape]`, read once while adding the request; the
+    rest as in `KVExport`."""
 
     num_tokens: int
     blocks: np.ndarray = field(repr=False)
     weight_version: int
+    num_drafted_tokens: int = 0
+    hidden: np.ndarray | None = field(default=None, repr=False)

@@ -45,7 +45,8 @@ class Retriever(Protocol):
 class SpeculationConfig:
     """`num_nodes`: how many tokens, at most 63, a pass verifies for a sequence besides its next one; fewer where a pass
     of that many tokens costs more than it wins, unless `adaptive` is off. `max_lookback`: how many of its last tokens
-    retrievers see. `draft`: the directory of a draft model; "": none.
+    retrievers see. `draft`: the directory of a draft head; "": none. Its tree is `draft_depth` tokens deep, and of each
+    level's nodes the `draft_top_k` likeliest are looked behind, as many tokens each.
 
     `costs`: what passes take, as (tokens, seconds), ascending. They are measured at an engine's start, and rates go on
     being measured, unless they are given here: then a sequence's trees are a function of what was generated and
@@ -56,11 +57,15 @@ class SpeculationConfig:
     adaptive: bool = True
     max_lookback: int = 4096
     draft: str = ""
+    draft_depth: int = 6
+    draft_top_k: int = 8
     costs: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_nodes <= 63:
             raise ConfigError(f"num_nodes is {self.num_nodes}, but must be between 1 and 63.")
+        if self.draft_depth < 1 or self.draft_top_k < 1 or self.draft_depth * self.draft_top_k > 63:
+            raise ConfigError("draft_depth times draft_top_k must be between 1 and 63.")
         if self.costs and not (len(self.costs) > 1 and list(self.costs) == sorted(self.costs)):
             raise ConfigError("costs must be two or more pairs (tokens, seconds) that ascend.")
 

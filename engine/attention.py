@@ -136,8 +136,8 @@ class PagedBatch:
         trees: dict[int, np.ndarray] | None = None,
     ) -> PagedBatch:
         """Sequence i brings `lengths[i]` new tokens, packed in this order, after `contexts[i]` earlier ones, over the
-        blocks `tables[i]`. Where it is in `trees`, its tokens after the first are a draft tree with these parents:
-        they lie in the pool one after the other, but stand, and see each other, as the tree says."""
+        blocks `tables[i]`. Where it is in `trees`, its last tokens, earlier or new, are a draft tree with these
+        parents: they lie in the pool one after the other, but stand, and see each other, as the tree says."""
         _, layers, _, kv_heads, size, _ = pool.shape
         counts, before = np.array(lengths), np.array(contexts)
         starts = np.cumsum(counts) - counts
@@ -148,9 +148,10 @@ class PagedBatch:
         if trees:
             positions = rows.copy()
             for i, parents in trees.items():
-                mine = slice(starts[i], starts[i] + counts[i])
-                positions[mine] = before[i] + np.append(0, depths(parents))
-                bases[mine], bits[mine] = before[i], ancestor_bits(parents).view(np.int64)
+                mine, base = slice(starts[i], starts[i] + counts[i]), before[i] + counts[i] - len(parents) - 1
+                positions[mine] = base + np.append(0, depths(parents))[len(parents) + 1 - counts[i] :]
+                bits[mine] = ancestor_bits(parents).view(np.int64)[len(parents) + 1 - counts[i] :]
+                bases[mine] = base
         width = -(-(int((counts + before).max()) + _AHEAD) // size)
         table = np.zeros((len(tables), width), np.int64)
         for row, blocks in zip(table, tables, strict=True):
@@ -168,7 +169,7 @@ class PagedBatch:
             classes.setdefault(key, []).append(i)
         groups = [_group(np.array(members), starts, counts, before, table, pool) for members in classes.values()]
         for group, members in zip(groups, classes.values(), strict=True):
-            group.tree = _tree_mask(group, members, before, trees or {}, size)
+            group.tree = _tree_mask(group, members, counts, before, trees or {}, size)
         return cls(
             pool,
             torch.from_numpy(positions).to(pool.device),
@@ -233,7 +234,12 @@ class PagedBatch:
 
 
 def _tree_mask(
-    group: PagedGroup, members: list[int], before: np.ndarray, trees: dict[int, np.ndarray], block_size: int
+    group: PagedGroup,
+    members: list[int],
+    counts: np.ndarray,
+    before: np.ndarray,
+    trees: dict[int, np.ndarray],
+    block_size: int,
 ) -> Tensor | None:
     """bool `[B, Q, N * block_size]`: the keys that each query of a group sees, if some of its sequences bring trees."""
     if not any(i in trees for i in members):
@@ -243,8 +249,9 @@ def _tree_mask(
     for row, i in enumerate(members):
         if i in trees:
             bits = ancestor_bits(trees[i])
-            n = len(bits)
-            seen[row, :n, before[i] : before[i] + n] = bits[:, None] >> np.arange(n, dtype=np.uint64) & np.uint64(1)
+            n, base = counts[i], before[i] + counts[i] - len(bits)
+            mine = bits[-n:, None] >> np.arange(len(bits), dtype=np.uint64) & np.uint64(1)
+            seen[row, :n, base : base + len(bits)] = mine
     return torch.from_numpy(seen).to(group.positions.device)
 
 

@@ -23,6 +23,7 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.allocator = SegmentAllocator(num_blocks)
         self.ref_count = [0] * num_blocks
+        self._drafted = [False] * num_blocks
         self._node_ids = itertools.count(1)
         self._cached: dict[tuple[int | str | None, tuple[int, ...]], tuple[int, int]] = {}  # key -> block, node
         self._key_of: dict[int, tuple] = {}
@@ -51,6 +52,8 @@ class BlockManager:
         seq.num_hashed_blocks = len(seq.block_table)
         seq.num_computed_tokens = seq.num_cached_tokens = len(seq.block_table) * size
         seq.prefix_node = node  # type: ignore[assignment]
+        drafted = itertools.takewhile(self._drafted.__getitem__, seq.block_table)
+        seq.num_drafted_tokens = sum(1 for _ in drafted) * size
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Make room for the keys and values of the first `num_tokens` tokens. False, and nothing done, if short."""
@@ -62,6 +65,12 @@ class BlockManager:
         seq.block_table += self.allocate(missing, after=seq.block_table[-1] if seq.block_table else None)
         return True
 
+    def trim(self, seq: Sequence, num_tokens: int) -> None:
+        """Take back the blocks behind those of the first `num_tokens` tokens."""
+        kept = self.blocks_for(num_tokens)
+        self.release(seq.block_table[kept:])
+        del seq.block_table[kept:]
+
     def allocate(self, num_blocks: int, after: int | None = None) -> list[int]:
         """Fresh blocks with one reference each, in as few segments as possible."""
         while self.allocator.num_free < num_blocks:
@@ -71,6 +80,7 @@ class BlockManager:
         blocks = self.allocator.allocate(num_blocks, after=after)
         for block in blocks:
             self.ref_count[block] = 1
+            self._drafted[block] = False
         return blocks
 
     def share(self, blocks: list[int]) -> None:
@@ -108,6 +118,11 @@ class BlockManager:
                 self._key_of[seq.block_table[i]] = key
             seq.prefix_node = known[1]
             seq.num_hashed_blocks = i + 1
+
+    def draft_is_in(self, blocks: list[int]) -> None:
+        """These blocks hold a draft head's keys and values of all their tokens."""
+        for block in blocks:
+            self._drafted[block] = True
 
     def flush(self) -> None:
         """Forget every prefix, also of blocks in use."""

@@ -71,7 +71,7 @@ class _DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class _Model(nn.Module):
+class LeanModel(nn.Module):
     embed_tokens: nn.Module
     layers: nn.ModuleList
     norm: nn.Module
@@ -98,12 +98,12 @@ def angles(rotary: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, 
     return (angles.cos() * rotary.attention_scaling).to(x.dtype), (angles.sin() * rotary.attention_scaling).to(x.dtype)
 
 
-_LEAN = {"RMSNorm": _RMSNorm, "MLP": _MLP, "Attention": _Attention, "DecoderLayer": _DecoderLayer, "Model": _Model}
+_LEAN = {"RMSNorm": _RMSNorm, "MLP": _MLP, "Attention": _Attention, "DecoderLayer": _DecoderLayer, "Model": LeanModel}
 
 
 def is_lean(base: nn.Module) -> bool:
     """Whether a model without its head is of a known family, and has the forward passes of this file."""
-    return isinstance(base, _Model)
+    return isinstance(base, LeanModel)
 
 
 def use_lean_forward(model: PreTrainedModel) -> None:
@@ -114,6 +114,11 @@ def use_lean_forward(model: PreTrainedModel) -> None:
         return
     if base.rotary_emb.inv_freq.numel() * 2 != base.layers[0].self_attn.head_dim:
         return  # only a part of each head is rotated
+    use_lean_classes(base, family)
+
+
+def use_lean_classes(base: nn.Module, family: str) -> None:
+    """Change the classes of the modules that are of a family, by their names."""
     for module in base.modules():
         kind = type(module).__name__.removeprefix(family)
         if kind in _LEAN:

@@ -18,6 +18,7 @@ from thornback.engine import kernels
 from thornback.engine.attention import PagedBatch
 from thornback.engine.compiled import Compiled, Program
 from thornback.engine.decoder import angles, is_lean
+from thornback.engine.draft_head import DraftHead
 from thornback.engine.paged_attention import NO_WINDOW, attention_kernel
 from thornback.engine.products import ADD, SILU_PRODUCT, STORE, Packed, product, rows_per_task
 from thornback.engine.vectors import LANES
@@ -30,8 +31,11 @@ class DecoderProgram:
     """Runs a model's passes over its pool; `load` it again whenever the weights have changed."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, pool: Tensor, max_model_len: int) -> DecoderProgram | None:
-        """None where the model is of another kind, too large, not float32 on CPU, or changed by hooks or adapters."""
+    def of(
+        cls, model: PreTrainedModel | DraftHead, pool: Tensor, max_model_len: int, keep_hidden: bool = False
+    ) -> DecoderProgram | None:
+        """None where the model is of another kind, too large, not float32 on CPU, or changed by hooks or adapters.
+        `keep_hidden`: passes give the last hidden states of all their tokens, too."""
         layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
         size = sum(layer.weight.nbytes for layer in layers)
         base = model.base_model
@@ -43,10 +47,13 @@ class DecoderProgram:
             and base.layers[0].mlp.gate_proj.out_features % LANES == 0
             and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         )
-        return cls(model, pool, max_model_len) if fits else None
+        return cls(model, pool, max_model_len, keep_hidden) if fits else None
 
-    def __init__(self, model: PreTrainedModel, pool: Tensor, max_model_len: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel | DraftHead, pool: Tensor, max_model_len: int, keep_hidden: bool = False
+    ) -> None:
         self._model, self._pool, self._capacity, self._num = model, pool, 0, 0
+        self._keep_hidden = keep_hidden
         base = model.base_model
         with torch.inference_mode():
             self._cos, self._sin = angles(base.rotary_emb, base.norm.weight, torch.arange(max_model_len)[None])
@@ -56,6 +63,8 @@ class DecoderProgram:
             self._packed[of] = Packed(of.q_proj, of.k_proj, of.v_proj), Packed(of.o_proj)
             self._packed[mlp] = Packed(mlp.gate_proj, mlp.up_proj, interleave=True), Packed(mlp.down_proj)
         self._packed[model] = (Packed(model.lm_head),)
+        if isinstance(model, DraftHead):
+            self._packed[model] += Packed(model.from_token), Packed(model.from_hidden)
         self._weights = sum(p.panels.numel() for parts in self._packed.values() for p in parts)
         self.load()
 
@@ -67,8 +76,11 @@ class DecoderProgram:
         self._capacity = 0  # addresses of weights may have changed
 
     @torch.inference_mode()
-    def __call__(self, token_ids: Tensor, rows: Tensor, batch: PagedBatch) -> Tensor:
-        """Logits `[R, V]` of the packed tokens `rows` `[R]` of a pass over `token_ids` `[T]`, all int64."""
+    def __call__(
+        self, token_ids: Tensor, rows: Tensor, batch: PagedBatch, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits `[R, V]` of the packed tokens `rows` `[R]` of a pass over `token_ids` `[T]`, all int64; and the last
+        hidden states `[T, H]` if they are kept. `hidden` `[T, H]`: what a draft head reads beside the tokens."""
         num, direct = len(token_ids), batch.direct
         if num > self._capacity:
             self._build(1 << (num - 1).bit_length())
@@ -92,11 +104,18 @@ class DecoderProgram:
                 call.num = 0
         logits = self._pool.new_empty(len(rows), self._head.outputs)
         self._embed.index, self._last.index, self._head.out = (x.data_ptr() for x in (token_ids, rows, logits))
-        for call in (self._last, self._norm, self._head):  # of the last rows only
+        states = None
+        if self._keep_hidden:
+            states = self._pool.new_empty(num, self._last.width)
+            self._norm.out = self._last.table = states.data_ptr()
+            self._last.rows = num
+        if hidden is not None:
+            self._from_hidden.x = hidden.data_ptr()
+        for call in (self._last, self._head, *(() if self._keep_hidden else (self._norm,))):  # of the last rows only
             call.num = len(rows)
         self._head.group = rows_per_task(len(rows), self._head.outputs)
         self._run(batch, 1 if num * self._weights < _ALONE else None)
-        return logits
+        return logits, states
 
     def _run(self, batch: PagedBatch, threads: int | None) -> None:
         start = 0
@@ -105,10 +124,10 @@ class DecoderProgram:
             width = self._pool.shape[-1]
             out = attended.view(self._num, -1, width)
             q = qkv.view(self._num, -1, width)[:, : out.shape[1]]
-            for layer, stop in enumerate(self._stops):
+            for layer, stop in zip(self._model.base_model.layers, self._stops, strict=True):
                 self._program.run(start, stop, threads)
-                of = self._model.base_model.layers[layer].self_attn
-                batch.attend_groups(layer, q, out, of.scaling, getattr(of, "sliding_window", None))
+                of = layer.self_attn
+                batch.attend_groups(of.layer_idx, q, out, of.scaling, getattr(of, "sliding_window", None))
                 start = stop
         self._program.run(start, len(self._calls), threads)
 
@@ -139,9 +158,16 @@ class DecoderProgram:
 
         embedding = base.embed_tokens.weight
         self._embed = add(kernels.gather, table=embedding, rows=len(embedding), out=x, width=hidden)
+        if isinstance(base, DraftHead):
+            self._embed.out = h.data_ptr()
+            norm(base.token_norm, h, h)
+            _, from_token, from_hidden = self._packed[self._model]
+            multiply(h, from_token, STORE, out=x, out_stride=hidden)
+            self._from_hidden = multiply(h, from_hidden, ADD, out=x, out_stride=hidden)  # it reads what a pass brings
         self._places, self._attends, self._stops = [], [], []
-        for number, layer in enumerate(base.layers):
-            of, layer_row = layer.self_attn, number * 2 * side
+        for layer in base.layers:
+            of = layer.self_attn
+            layer_row = of.layer_idx * 2 * side
             into, out_of = self._packed[of]
             norm(layer.input_layernorm, x, h)
             multiply(h, into, STORE, out=qkv, out_stride=qkv.shape[1])
@@ -167,8 +193,12 @@ class DecoderProgram:
             norm(layer.post_attention_layernorm, x, h)
             multiply(h, into, SILU_PRODUCT, out=inner, out_stride=inner.shape[1])
             multiply(inner, out_of, ADD, out=x, out_stride=hidden)
-        self._last = add(kernels.gather, table=x, rows=capacity, out=h, width=hidden)
-        self._norm = norm(base.norm, h, h)
-        (head,) = self._packed[self._model]
+        if self._keep_hidden:
+            self._norm = norm(base.norm, x, x)
+            self._last = add(kernels.gather, table=x, rows=capacity, out=h, width=hidden)
+        else:
+            self._last = add(kernels.gather, table=x, rows=capacity, out=h, width=hidden)
+            self._norm = norm(base.norm, h, h)
+        head = self._packed[self._model][0]
         self._head = multiply(h, head, STORE, out_stride=head.outputs)
         self._calls, self._program, self._capacity, self._num = calls, Program(calls), capacity, 0

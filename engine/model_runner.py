@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +28,23 @@ class ModelRunner:
     kept.
     """
 
-    def __init__(self, model: PreTrainedModel, pool: KVPool, adapters: AdapterSet, max_model_len: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pool: KVPool,
+        adapters: AdapterSet,
+        max_model_len: int,
+        keep_hidden: bool = False,
+    ) -> None:
+        """`keep_hidden`: after each pass `hidden` holds the last hidden states of all its tokens, `[T, H]`."""
         self.model = model
         self.pool = pool
         self.adapters = adapters
         self.device = next(model.parameters()).device
-        self._program = DecoderProgram.of(model, pool.tensor, max_model_len)
+        self._program = DecoderProgram.of(model, pool.tensor, max_model_len, keep_hidden)
+        self.hidden: Tensor | None = None
+        if keep_hidden and self._program is None:
+            model.base_model.register_forward_hook(self._keep_hidden)
         self._decoding: list[Sequence] = []  # in the last pass, if it was of one token each
         self._drawing: list[Sequence] = []
 
@@ -67,7 +79,8 @@ class ModelRunner:
     def _run(self, token_ids: Tensor, rows: Tensor, paged: PagedBatch) -> Tensor:
         """Logits `[R, V]` of the rows `[R]` of `token_ids` `[T]`."""
         if self._program is not None:
-            return self._program(token_ids, rows, paged)
+            logits, self.hidden = self._program(token_ids, rows, paged)
+            return logits
         return self.model(
             input_ids=token_ids[None],
             position_ids=paged.positions[None],
@@ -75,6 +88,9 @@ class ModelRunner:
             logits_to_keep=0 if len(rows) == len(token_ids) else rows,  # 0: all
             batch=paged,
         ).logits[0]
+
+    def _keep_hidden(self, module: Any, inputs: Any, output: Any) -> None:
+        self.hidden = output.last_hidden_state[0]
 
     def _prepare(self, batch: list[Scheduled], sequences: list[Sequence], contexts: list[int]) -> list[int]:
         """What a pass needs to know, from nothing; returns its tokens."""

@@ -97,7 +97,8 @@ class Scheduler:
         """Give back everything that the sequence holds; it starts over from its first token."""
         self.blocks.release(seq.block_table)
         seq.block_table = []
-        seq.num_computed_tokens = seq.num_cached_tokens = seq.num_hashed_blocks = 0
+        seq.num_computed_tokens = seq.num_cached_tokens = seq.num_hashed_blocks = seq.num_drafted_tokens = 0
+        seq.hidden.clear()
 
     def finish(self, seq: Sequence) -> None:
         """Remove a sequence, wherever it is, and free its blocks."""

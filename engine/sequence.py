@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 from thornback.algorithms import Agreement
 from thornback.contracts import KVImport, Request, TokenTree
+
+_HIDDEN = 256  # passes whose hidden states are kept for a draft head: without them it still guesses, but not as well
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +36,9 @@ class Sequence:
     draft: TokenTree | None = None  # what the coming pass verifies, if there is room for it
     speculates: bool = True  # until a retriever fails it
     agreement: Agreement = field(default_factory=Agreement)
+    # Hidden states that a draft head has not read: (position of the first, a pass's states, row of the first, number).
+    hidden: deque[tuple[int, Any, int, int]] = field(default_factory=lambda: deque(maxlen=_HIDDEN))
+    num_drafted_tokens: int = 0  # of which a draft head has read
     kv: KVImport | None = None  # keys and values that came with the request, until they are in blocks
 
     @property

@@ -11,11 +11,13 @@ import numpy as np
 
 from thornback.algorithms import best_size, chances, depths, fuse, prune, subtree
 from thornback.contracts import Retriever, SpeculationConfig, SpeculationStats, TokenTree
+from thornback.engine.drafter import Drafted, Drafter
 from thornback.engine.sequence import Sequence
 
 _log = logging.getLogger(__name__)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens of the passes that are timed
 _MEMORY = 0.95  # what an earlier pass weighs in a rate
+_LIKELY, _SURE = 0.05, 0.999  # retrieved branches that likely stay, whatever their rank; no chance is above
 _RUN, _PERIOD = 8, 256  # so many passes in a row try the other way, once in so many
 
 
@@ -62,11 +64,13 @@ class Speculation:
         self,
         config: SpeculationConfig | None,
         retrievers: tuple[Retriever, ...],
+        drafter: Drafter | None,
         max_model_len: int,
         vocab_size: int,
     ) -> None:
-        self._config = config if retrievers else None
-        self._retrievers, self._max_model_len, self._vocab_size = retrievers, max_model_len, vocab_size
+        self._config = config if retrievers or drafter else None
+        self._retrievers, self._drafter = retrievers, drafter
+        self._max_model_len, self._vocab_size = max_model_len, vocab_size
         self._sizes = self._seconds = np.empty(0)
         self._loads: dict[int, _Load] = {}  # by the number of sequences, in powers of two
         self._load: _Load | None = None
@@ -103,9 +107,8 @@ class Speculation:
         able = [s for s in sequences if s.grammar is None and s.speculates]
         eligible = [s for s in able if len(s.token_ids) - s.num_computed_tokens == 1]
         if not self._config.adaptive:
-            for seq in eligible:
-                guess = self._guess(seq, self._config)
-                seq.draft = guess.tree if guess else None
+            for guess in self._guess_all(eligible, self._config):
+                guess.seq.draft = guess.tree
             return
         repeatable = bool(self._config.costs)
         load = self._loads.setdefault(0 if repeatable else len(sequences).bit_length(), _Load(repeatable))
@@ -113,8 +116,7 @@ class Speculation:
         self._load = load if len(sequences) == num_tokens else None  # rates are those of passes that only decode
         self._started = time.perf_counter()
         if load.drafts:
-            guesses = [guess for guess in (self._guess(seq, self._config) for seq in eligible) if guess]
-            self._choose(guesses, len(sequences), num_tokens)
+            self._choose(self._guess_all(eligible, self._config), len(sequences), num_tokens)
         for seq in eligible:
             if seq.draft is None:
                 seq.agreement.forget()
@@ -141,22 +143,37 @@ class Speculation:
                 tokens, parents = subtree(guess.tree.tokens, guess.tree.parents, mine)
                 guess.seq.draft = TokenTree(tokens, parents, guess.tree.weights[mine])
 
-    def _guess(self, seq: Sequence, config: SpeculationConfig) -> _Guess | None:
-        left = min(seq.request.sampling.max_tokens - seq.num_output_tokens, self._max_model_len - len(seq.token_ids))
-        if left < 2:
+    def _guess_all(self, sequences: list[Sequence], config: SpeculationConfig) -> list[_Guess]:
+        able = [(seq, left) for seq in sequences if (left := self._left(seq)) > 1]
+        drafts = self._drafter.propose([seq for seq, _ in able]) if self._drafter and able else [None] * len(able)
+        guesses = (self._guess(seq, left, draft, config) for (seq, left), draft in zip(able, drafts, strict=True))
+        return [guess for guess in guesses if guess is not None]
+
+    def _left(self, seq: Sequence) -> int:
+        """How many tokens may still be drawn."""
+        return min(seq.request.sampling.max_tokens - seq.num_output_tokens, self._max_model_len - len(seq.token_ids))
+
+    def _guess(self, seq: Sequence, left: int, draft: Drafted | None, config: SpeculationConfig) -> _Guess | None:
+        """What all sources say, as one tree: a node is right where any of them is, if they err independently."""
+        sources = [] if draft is None else [(draft.tree, draft.tree.weights)]
+        for tree in self._retrieve(seq, config):
+            if draft is not None:
+                kept = prune(
+                    tree.tokens, tree.parents, tree.weights, len(tree), draft.first, config.draft_top_k, _LIKELY
+                )
+                tree = TokenTree(*subtree(tree.tokens, tree.parents, kept), tree.weights[kept])
+            if len(tree):
+                shares = tree.weights / tree.weights[tree.parents < 0].sum()
+                sources.append((tree, chances(shares, depths(tree.parents), seq.agreement.rate)))
+        if not sources:
             return None
-        trees = self._retrieve(seq, config)
-        if not trees:
-            return None
-        shares = [tree.weights / tree.weights[tree.parents < 0].sum() for tree in trees]
-        tokens, parents, weights = fuse([(t.tokens, t.parents, s) for t, s in zip(trees, shares, strict=True)])
-        depth = depths(parents)
-        weights[depth >= left] = 0  # behind the last token that may be drawn
+        doubts = [(tree.tokens, tree.parents, -np.log1p(-np.minimum(likely, _SURE))) for tree, likely in sources]
+        tokens, parents, weights = fuse(doubts)
+        weights[depths(parents) >= left] = 0  # behind the last token that may be drawn
         kept = prune(tokens, parents, weights, config.num_nodes)
         if not len(kept):
             return None
-        likely = chances(np.minimum(weights[kept] / len(trees), 1.0), depth[kept], seq.agreement.rate)
-        return _Guess(seq, TokenTree(*subtree(tokens, parents, kept), weights[kept]), likely)
+        return _Guess(seq, TokenTree(*subtree(tokens, parents, kept), weights[kept]), -np.expm1(-weights[kept]))
 
     def _retrieve(self, seq: Sequence, config: SpeculationConfig) -> list[TokenTree]:
         """What retrievers know. One that fails ends the guessing for this request, and nothing else."""

@@ -31,6 +31,7 @@ from thornback.contracts import (
     WeightView,
 )
 from thornback.engine.block_manager import BlockManager
+from thornback.engine.drafter import Drafter
 from thornback.engine.kv_pool import KVPool
 from thornback.engine.lora import AdapterSet
 from thornback.engine.model import ModelShape, load_model
@@ -50,6 +51,7 @@ class _Turn:
     seq: Sequence
     row: int
     draft: TokenTree | None = None
+    end: int = 0  # behind its tokens in the pass, the draft's included
 
 
 def _rows_of(turns: list[_Turn]) -> tuple[list[Sequence], list[int], list[int]]:
@@ -83,19 +85,26 @@ class TorchEngine:
         self.shape = ModelShape.of(self.model)
         weight = next(self.model.parameters())
         self.max_model_len = min(config.max_model_len or self.shape.max_positions, self.shape.max_positions)
-        block_shape = (self.shape.num_layers, 2, self.shape.kv_heads, config.block_size, self.shape.head_dim)
+        drafting = bool(config.speculation and config.speculation.draft)
+        block_shape = (self.shape.num_layers + drafting, 2, self.shape.kv_heads, config.block_size, self.shape.head_dim)
         num_blocks = self._num_blocks(block_shape, weight.element_size())
         self.max_model_len = min(self.max_model_len, num_blocks * config.block_size)
         self.pool = KVPool(num_blocks, block_shape, weight.dtype, weight.device, config.kv_location)
         self.blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
-        self.runner = ModelRunner(self.model, self.pool, AdapterSet(self.model, config.adapters), self.max_model_len)
+        adapters = AdapterSet(self.model, config.adapters)
+        self.runner = ModelRunner(self.model, self.pool, adapters, self.max_model_len, keep_hidden=drafting)
         if config.speculation and (self.shape.sliding_window or self.max_model_len) < self.max_model_len:
             raise ConfigError(
                 f"{model} attends to the last {self.shape.sliding_window} tokens only, which speculation does not see: "
                 "leave it out, or make max_model_len no longer than that."
             )
-        self.speculation = Speculation(config.speculation, retrievers, self.max_model_len, self.shape.vocab_size)
+        self.drafter: Drafter | None = None
+        if config.speculation and drafting:
+            self.drafter = Drafter(config.speculation, self.model, self.pool.tensor, self.blocks, self.max_model_len)
+        self.speculation = Speculation(
+            config.speculation, retrievers, self.drafter, self.max_model_len, self.shape.vocab_size
+        )
         self.speculation.measure(self.runner.try_pass, config.max_num_batched_tokens)
         self.weight_version = 0
         self._sequences: dict[str, list[Sequence]] = {}
@@ -201,15 +210,19 @@ class TorchEngine:
             self._take_import(item.seq)
         logits, first_row = self.runner.forward(batch)
         turns: list[_Turn] = []
+        first_token = 0  # of an item among the pass's
         for item, row in zip(batch, first_row, strict=True):
             seq, draws, last_row = item.seq, item.draws, row
             if seq.prompt_logprobs is not None:
                 self._keep_prompt_scores(item, logits, row)
                 if seq.num_computed_tokens < seq.num_prompt_tokens:
                     last_row += item.num_tokens - 1  # it has a row for each of its tokens
+            if self.drafter is not None:
+                seq.hidden.append((seq.num_computed_tokens, self.runner.hidden, first_token, item.num_tokens))
+                first_token += item.num_tokens + (len(item.draft) if item.draft is not None else 0)
             seq.num_computed_tokens += item.num_tokens
             if draws:
-                turns.append(_Turn(seq, last_row, item.draft))
+                turns.append(_Turn(seq, last_row, item.draft, first_token))
                 turns += [_Turn(forked, last_row) for forked in (self._fork(seq) if seq.siblings else ())]
         if not turns:
             return []
@@ -236,6 +249,10 @@ class TorchEngine:
             places = np.asarray(moved, np.int64).T + seq.num_computed_tokens
             sources, targets = np.asarray(seq.block_table, np.int64)[places // size] * size + places % size
             self.pool.move_tokens(sources, targets)
+        if self.drafter is not None:
+            first = turn.end - len(draft)
+            for i, node in enumerate(path):
+                seq.hidden.append((seq.num_computed_tokens + i, self.runner.hidden, first + node, 1))
         seq.num_computed_tokens += len(path)
         return path
 
@@ -243,6 +260,8 @@ class TorchEngine:
         """The prompt is computed: the other samples share its full blocks and get a copy of the last, part-filled
         one. Those that find no room wait like any request."""
         siblings, seq.siblings = seq.siblings, []
+        if self.drafter is not None:
+            self.drafter.catch_up([seq])  # once for all of them
         for sibling in siblings:
             tail = seq.num_computed_tokens % self.config.block_size
             if len(self.scheduler.running) >= self.config.max_num_seqs or self.blocks.num_free < bool(tail):
@@ -254,8 +273,10 @@ class TorchEngine:
             if tail:
                 sibling.block_table = shared + self.blocks.allocate(1, after=shared[-1] if shared else None)
                 self.pool.copy_block(seq.block_table[-1], sibling.block_table[-1])
-            for name in ("num_computed_tokens", "num_hashed_blocks", "prefix_node", "prompt_logprobs"):
+            copied = "num_computed_tokens num_hashed_blocks prefix_node prompt_logprobs num_drafted_tokens"
+            for name in copied.split():
                 setattr(sibling, name, getattr(seq, name))
+            sibling.hidden.extend(seq.hidden)
             sibling.num_cached_tokens = seq.num_computed_tokens
             self.scheduler.running.append(sibling)
             yield sibling
@@ -316,10 +337,13 @@ class TorchEngine:
         if seq.kv is not None:
             used = self.blocks.blocks_for(seq.kv.num_tokens)
             self.pool.write(seq.block_table[:used], seq.kv.blocks)
+            if self.drafter is not None:
+                self.drafter.take_import(seq, seq.kv)
             seq.kv = None
 
     def _export(self, seq: Sequence) -> KVExport:
         """Offer a sequence's blocks under a lease; the drawn token has no keys and values yet."""
+        hidden = self.drafter.prepare_export(seq) if self.drafter is not None else None
         used = seq.block_table[: self.blocks.blocks_for(seq.num_computed_tokens)]
         self.blocks.share(used)
         lease = Lease(uuid.uuid4().hex, time.time() + self.config.lease_seconds)
@@ -334,6 +358,8 @@ class TorchEngine:
             dtype=self.pool.dtype,
             block_shape=self.pool.block_shape,
             weight_version=self.weight_version,
+            num_drafted_tokens=seq.num_drafted_tokens,
+            hidden=hidden,
         )
 
     def release(self, lease: Lease) -> None:
@@ -355,6 +381,8 @@ class TorchEngine:
             )
         bind_weights(self.model, weights)
         self.runner.refresh()
+        if self.drafter is not None:
+            self.drafter.refresh()
         self.weight_version = version
         self.flush_prefix_cache()
         for seqs in list(self._sequences.values()):
