@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -16,7 +15,7 @@ import numpy as np
 
 from thornback.contracts import ConfigError, DataError
 from thornback.train.config import RunConfig
-from thornback.train.interrupt import ctrl_c_interrupts
+from thornback.train.fitting import batch_of, fit, rate_share, sum_over_workers, use_threads
 from thornback.train.sections import WarmStartSection
 
 
@@ -85,46 +84,23 @@ def supervise(
     JSON (step, loss, seconds) goes to `metrics_path` every 20 steps; the last is returned. A lost worker starts the
     job over.
     """
-    from ray import train as ray_train
-    from ray.train.torch import TorchTrainer
-
-    from thornback.engine import ACTOR_ENVIRONMENT
-
     if not examples:
         raise DataError("The warm start has no demonstrations; give warm_start.num_demonstrations at least 1.")
     output = Path(output)
-    storage = tempfile.mkdtemp(prefix="warm-start-", dir=_made(output.parent))
-    job: dict[str, Any] = {
-        "model": str(model),
-        "output": str(output),
-        "tokens": np.concatenate([np.asarray(e.token_ids, np.int32) for e in examples]),
-        "lengths": np.asarray([len(e.token_ids) for e in examples], np.int64),
-        "starts": np.asarray([e.start for e in examples], np.int64),
-        "section": section.model_dump(),
-        "seed": seed,
-        "num_threads": num_threads,
-        "metrics_path": str(metrics_path or Path(storage, "metrics.jsonl")),
-    }
-    resources = {"GPU": 1} if use_gpu else {"CPU": 1}
-    try:
-        trainer = TorchTrainer(
-            _train,
-            train_loop_config=job,
-            scaling_config=ray_train.ScalingConfig(
-                num_workers=section.num_workers, use_gpu=use_gpu, resources_per_worker=resources
-            ),
-            run_config=ray_train.RunConfig(
-                name="warm-start",
-                storage_path=storage,
-                failure_config=ray_train.FailureConfig(max_failures=3),
-                worker_runtime_env={"env_vars": dict(ACTOR_ENVIRONMENT)},
-            ),
-        )
-        with ctrl_c_interrupts():
-            trainer.fit()
+    with tempfile.TemporaryDirectory(prefix="warm-start-", dir=_made(output.parent)) as storage:
+        job: dict[str, Any] = {
+            "model": str(model),
+            "output": str(output),
+            "tokens": np.concatenate([np.asarray(e.token_ids, np.int32) for e in examples]),
+            "lengths": np.asarray([len(e.token_ids) for e in examples], np.int64),
+            "starts": np.asarray([e.start for e in examples], np.int64),
+            "section": section.model_dump(),
+            "seed": seed,
+            "num_threads": num_threads,
+            "metrics_path": str(metrics_path or Path(storage, "metrics.jsonl")),
+        }
+        fit(_train, job, Path(storage), name="warm-start", num_workers=section.num_workers, use_gpu=use_gpu)
         return json.loads(Path(job["metrics_path"]).read_text().splitlines()[-1])
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
 
 
 def _made(directory: Path) -> Path:
@@ -141,7 +117,7 @@ def _train(job: dict[str, Any]) -> None:
 
     context = ray_train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(job["num_threads"] or max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    use_threads(job["num_threads"], context.get_local_world_size())
     section = WarmStartSection(**job["section"])
     model = load_model(job["model"], device="cuda" if torch.cuda.is_available() else "cpu", dtype="float32").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=section.learning_rate, weight_decay=0.0, fused=True)
@@ -149,15 +125,15 @@ def _train(job: dict[str, Any]) -> None:
     metrics: dict[str, float] = {}
     began = time.monotonic()
     for step in range(section.steps):
-        batch = _batch(step, len(sequences), section.batch_size, job["seed"])
+        batch = batch_of(step, len(sequences), section.batch_size, job["seed"])
         num_tokens = int((job["lengths"][batch] - job["starts"][batch]).sum())
         mine = batch[rank::world]
         logprobs, _ = sequence_logprobs(model, [sequences[i] for i in mine], job["starts"][mine].tolist())
         loss = -logprobs.sum() / num_tokens
         loss.backward()
-        total = _summed_over_workers(model, loss.detach(), world)
+        total = sum_over_workers(model, loss.detach(), world)
         for group in optimizer.param_groups:
-            group["lr"] = section.learning_rate * _schedule(step, section)
+            group["lr"] = section.learning_rate * rate_share(step, section.steps, section.warmup_steps)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -168,37 +144,6 @@ def _train(job: dict[str, Any]) -> None:
     if rank == 0:
         _save(model, job["model"], Path(job["output"]))
     ray_train.report(metrics)
-
-
-def _batch(step: int, count: int, batch_size: int, seed: int) -> np.ndarray:
-    """The examples of a step: each epoch is a permutation of all of them, cut into batches."""
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    orders = {epoch: np.random.default_rng([seed, int(epoch)]).permutation(count) for epoch in set(places // count)}
-    return np.array([orders[p // count][p % count] for p in places])
-
-
-def _schedule(step: int, section: WarmStartSection) -> float:
-    """The learning rate as a share of its peak: up over the warm-up, then linearly down to a tenth."""
-    if step < section.warmup_steps:
-        return (step + 1) / section.warmup_steps
-    return 1.0 - 0.9 * (step - section.warmup_steps) / max(section.steps - section.warmup_steps, 1)
-
-
-def _summed_over_workers(model: Any, loss: Any, world: int) -> Any:
-    """Sum gradients in place over the workers; returns the summed loss."""
-    if world > 1:
-        import torch
-        from torch import distributed
-
-        flat = torch.nn.utils.parameters_to_vector(p.grad for p in model.parameters())
-        flat = torch.cat([flat, loss[None]])
-        distributed.all_reduce(flat)
-        start = 0
-        for p in model.parameters():
-            p.grad.copy_(flat[start : start + p.numel()].view_as(p))
-            start += p.numel()
-        loss = flat[-1]
-    return loss
 
 
 def _save(model: Any, tokenizer_from: str, output: Path) -> None:
