@@ -1,4 +1,4 @@
-"""The job behind `thornback draft`: a draft head learns to guess what its target thinks next (EAGLE; papers.md section 3)."""
+"""The job behind `thornback draft`: a draft head learns to guess what its target thinks next (papers.md section 3)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def train_draft(
     num_threads: int | None = None,
     use_gpu: bool = False,
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Train a draft head for `model` (a directory) on what it says after the beginnings of the documents in `sources`,
     and write it to `output`. Returns the last metrics: `agreement[i]` is how often the head's first choice for the
     token i + 1 places ahead is the target's, on sequences that it did not learn from. Raises `DataError`."""
@@ -67,9 +67,7 @@ def train_draft(
     sequences = documents if config.max_tokens == 0 else said_by(model, documents, config, num_threads, say)
     sequences = [s for s in sequences if len(s) >= _SMALLEST]
     if len(sequences) < 2:
-        raise DataError(
-            f"The sources give {len(sequences)} sequences of {_SMALLEST} tokens or more; give some hundred."
-        )
+        raise DataError(f"The sources give {len(sequences)} sequences of {_SMALLEST} tokens or more; give hundreds.")
     say(f"training on {sum(map(len, sequences)):,} tokens")
     metrics_path = Path(output).with_name(f"{Path(output).name}-metrics.jsonl")
     metrics_path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the jobs that train by Ray Train share: the job itself, the order of examples, the rate, the sum over workers."""
+"""What the jobs that train by Ray Train share: the job, the order of examples, the rate, the sum over workers."""
 
 from __future__ import annotations
 

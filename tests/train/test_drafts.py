@@ -41,7 +41,8 @@ def test_thornback_draft(fluent, documents, tmp_path, capsys) -> None:
     assert main(["draft", str(fluent), str(out), str(documents), *flags.split()]) == 0
     assert "first choice" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "head-metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 40 and lines[-1]["agreement"][0] > 0.5
+    assert lines[-1]["step"] == 40
+    assert lines[-1]["agreement"][0] > 0.5
     prompt = tuple(load_tokenizer(fluent).encode(TEXT[:20], add_special_tokens=False))
     requests = [Request("a", prompt, SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True))]
     speculation = SpeculationConfig(num_nodes=12, adaptive=False, draft=str(out), draft_depth=4, draft_top_k=3)
@@ -68,4 +69,4 @@ def test_too_little_to_learn_from(fluent, tmp_path, capsys) -> None:
     (tmp_path / "short.txt").write_text("the")
     arguments = ["draft", str(fluent), str(tmp_path / "head"), str(tmp_path / "short.txt"), "--max-tokens", "0"]
     assert main(arguments) == 2
-    assert "give some hundred" in capsys.readouterr().err
+    assert "give hundreds" in capsys.readouterr().err
