@@ -3,10 +3,10 @@
 from thornback.algorithms.advantages import ANCHORED, ESTIMATORS, Advantages, GroupRewards
 from thornback.algorithms.alignment import align_runs, runs_of
 from thornback.algorithms.difficulty import fate
-from thornback.algorithms.growth import Growth
+from thornback.algorithms.growth import Growth, Level
 from thornback.algorithms.segments import SegmentAllocator
 from thornback.algorithms.speculation import Agreement, best_size, chances
-from thornback.algorithms.trees import ancestor_bits, depths, fuse, prune, subtree, verify
+from thornback.algorithms.trees import ancestor_bits, combine, depths, fuse, likelihoods, prune, subtree, verify
 
 # The losses are torch functions: `from thornback.algorithms.losses import policy_loss` keeps torch out of here.
 __all__ = [
@@ -16,14 +16,17 @@ __all__ = [
     "Agreement",
     "GroupRewards",
     "Growth",
+    "Level",
     "SegmentAllocator",
     "align_runs",
     "ancestor_bits",
     "best_size",
     "chances",
+    "combine",
     "depths",
     "fate",
     "fuse",
+    "likelihoods",
     "prune",
     "runs_of",
     "subtree",

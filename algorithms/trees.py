@@ -5,11 +5,14 @@ stands under node `parents[i]`, or directly under the last token where that is -
 and no two children of a node carry the same token.
 """
 
+# mypy: disable-error-code="no-untyped-def, misc"
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+
+from thornback.algorithms.compiled import compiled
 
 
 def prune(
@@ -82,6 +85,69 @@ def fuse(trees: Sequence[Tree]) -> Tree:
             weights[node] += weight
             place.append(node)
     return np.asarray(tokens, np.int32), np.asarray(parents, np.int32), np.asarray(weights, np.float32)
+
+
+@compiled
+def likelihoods(tokens, parents, weights, rate, first, least):
+    """How likely each node of a retrieved tree is right, float32 `[N]`: its share of the continuations, and `rate` for
+    each token on the way. Where a draft's distribution of the next token is known at the branches' first nodes,
+    `first` `[number of branches]`, in order (else empty), branches below `least` get 0, and are pruned thereby."""
+    out, depth = np.empty(len(tokens), np.float32), np.empty(len(tokens), np.int64)
+    total, branch = 0.0, 0
+    for i in range(len(tokens)):
+        if parents[i] < 0:
+            total += weights[i]
+    for i in range(len(tokens)):
+        if parents[i] < 0:
+            depth[i] = 1
+            kept = len(first) == 0 or first[branch] >= least
+            branch += 1
+        else:
+            depth[i] = depth[parents[i]] + 1
+            kept = out[parents[i]] > 0
+        out[i] = weights[i] / total * rate ** depth[i] if kept else 0.0
+    return out
+
+
+@compiled
+def combine(tokens, parents, chances, stops, num_nodes, max_depth):
+    """One tree of several sources': fused by longest prefix (see `fuse`), and pruned to the `num_nodes` likeliest nodes
+    of at most `max_depth`. Sources lie one behind the other, up to `stops` `[S]`, parents counted within each. A node
+    is right where any source is, if they err independently (ours). Returns tokens, parents and chances."""
+    size = len(tokens)
+    found, above, doubt = np.empty(size, np.int32), np.empty(size, np.int32), np.zeros(size, np.float64)
+    depth, place = np.empty(size, np.int64), np.full(size, -1, np.int64)
+    child, sibling = np.full(size + 1, -1, np.int64), np.full(size, -1, np.int64)
+    number, start = 0, 0
+    for stop in stops:
+        for i in range(start, stop):
+            under = -1
+            if parents[i] >= 0:
+                under = place[start + parents[i]]
+            if chances[i] <= 0 or (parents[i] >= 0 and under < 0):
+                continue
+            level = 1 if under < 0 else depth[under] + 1
+            if level > max_depth:
+                continue
+            node = child[under + 1]
+            while node >= 0 and found[node] != tokens[i]:
+                node = sibling[node]
+            if node < 0:
+                node = number
+                number += 1
+                found[node], above[node], depth[node] = tokens[i], under, level
+                sibling[node], child[under + 1] = child[under + 1], node
+            doubt[node] -= np.log1p(-min(chances[i], 0.999))
+            place[i] = node
+        start = stop
+    # A child is never likelier than its parent, and comes after it, so that the best nodes bring their ancestors.
+    best = np.sort(np.argsort(-doubt[:number], kind="mergesort")[:num_nodes])
+    to = np.full(number + 1, -1, np.int32)
+    to[best] = np.arange(len(best))
+    likely = np.empty(len(best), np.float32)
+    for i in range(len(best)):
+        likely[i] = -np.expm1(-doubt[best[i]])
+    return found[best], to[above[best]], likely
 
 
 def depths(parents: np.ndarray) -> np.ndarray:

@@ -138,7 +138,7 @@ class PagedBatch:
         """Sequence i brings `lengths[i]` new tokens, packed in this order, after `contexts[i]` earlier ones, over the
         blocks `tables[i]`. Where it is in `trees`, its last tokens, earlier or new, are a draft tree with these
         parents: they lie in the pool one after the other, but stand, and see each other, as the tree says."""
-        _, layers, _, kv_heads, size, _ = pool.shape
+        size = pool.shape[4]
         counts, before = np.array(lengths), np.array(contexts)
         starts = np.cumsum(counts) - counts
         owners = np.repeat(np.arange(len(counts)), counts)
@@ -156,20 +156,42 @@ class PagedBatch:
         table = np.zeros((len(tables), width), np.int64)
         for row, blocks in zip(table, tables, strict=True):
             row[: len(blocks)] = blocks[: len(row)]
+        return cls.of_nodes(pool, owners, table, rows, positions, bases, bits)
+
+    @classmethod
+    def of_nodes(
+        cls,
+        pool: Tensor,
+        owners: np.ndarray,
+        table: np.ndarray,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        bases: np.ndarray,
+        bits: np.ndarray,
+    ) -> PagedBatch:
+        """Tokens `[T]` of the sequences `owners`, in order, whose blocks are in the rows of `table` `[B, N]`. Each has
+        its keys at `rows` of its sequence, one after the other, and stands at `positions`. It sees what is up to its
+        own row; but from `bases` on only what its `bits` name (`NO_TREE`: everything)."""
+        _, layers, _, kv_heads, size, _ = pool.shape
+        counts = np.bincount(owners, minlength=len(table))
         slots = table[owners, rows // size] * (layers * 2 * kv_heads * size) + rows % size
         few = counts < (_FEW if kernels.usable(pool) else 0)
-        direct = None
+        direct, groups = None, []
         if few.any():
-            tokens = places if few.all() else places[few[owners]]
+            tokens = np.arange(len(owners)) if few.all() else np.flatnonzero(few[owners])
             arrays = (tokens, owners[tokens], rows[tokens] + 1, bases[tokens], bits[tokens], table)
             direct = PagedTokens(*map(torch.from_numpy, arrays))
-        classes: dict[tuple[int, int], list[int]] = {}
-        for i in np.flatnonzero(~few).tolist():
-            key = (0 if counts[i] == 1 else _size_class(counts[i]), _size_class(counts[i] + before[i]))
-            classes.setdefault(key, []).append(i)
-        groups = [_group(np.array(members), starts, counts, before, table, pool) for members in classes.values()]
-        for group, members in zip(groups, classes.values(), strict=True):
-            group.tree = _tree_mask(group, members, counts, before, trees or {}, size)
+        if not few.all():
+            starts = np.cumsum(counts) - counts
+            before = rows[np.minimum(starts, len(rows) - 1)]
+            classes: dict[tuple[int, int], list[int]] = {}
+            for i in np.flatnonzero(~few).tolist():
+                key = (0 if counts[i] == 1 else _size_class(counts[i]), _size_class(counts[i] + before[i]))
+                classes.setdefault(key, []).append(i)
+            for members in map(np.array, classes.values()):
+                group = _group(members, starts, counts, before, table, pool)
+                group.tree = _tree_mask(group, bases, bits, size)
+                groups.append(group)
         return cls(
             pool,
             torch.from_numpy(positions).to(pool.device),
@@ -233,25 +255,16 @@ class PagedBatch:
         rows.index_copy_(0, slots + kv_heads * block_size, v.reshape(-1, d))
 
 
-def _tree_mask(
-    group: PagedGroup,
-    members: list[int],
-    counts: np.ndarray,
-    before: np.ndarray,
-    trees: dict[int, np.ndarray],
-    block_size: int,
-) -> Tensor | None:
-    """bool `[B, Q, N * block_size]`: the keys that each query of a group sees, if some of its sequences bring trees."""
-    if not any(i in trees for i in members):
+def _tree_mask(group: PagedGroup, bases: np.ndarray, bits: np.ndarray, block_size: int) -> Tensor | None:
+    """bool `[B, Q, N * block_size]`: the keys that each query of a group sees, if some are of trees."""
+    shape = (group.num_sequences, group.num_queries, 1)
+    queries = group.rows.cpu().numpy()  # padding repeats the first packed token, whose result nobody reads
+    base, bit = bases[queries].reshape(shape), bits[queries].view(np.uint64).reshape(shape)
+    if (base == NO_TREE).all():
         return None
-    num_keys = len(group.blocks) // (group.num_sequences * group.kv_heads) * block_size
-    seen = (group.positions.cpu()[:, :, None] >= torch.arange(num_keys)).numpy()
-    for row, i in enumerate(members):
-        if i in trees:
-            bits = ancestor_bits(trees[i])
-            n, base = counts[i], before[i] + counts[i] - len(bits)
-            mine = bits[-n:, None] >> np.arange(len(bits), dtype=np.uint64) & np.uint64(1)
-            seen[row, :n, base : base + len(bits)] = mine
+    keys = np.arange(len(group.blocks) // (group.num_sequences * group.kv_heads) * block_size)
+    named = bit >> np.clip(keys - base, 0, 63).astype(np.uint64) & np.uint64(1)
+    seen = (group.positions.cpu().numpy()[:, :, None] >= keys) & ((keys < base) | (named == 1))
     return torch.from_numpy(seen).to(group.positions.device)
 
 

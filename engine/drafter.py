@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from thornback.algorithms import Growth
-from thornback.contracts import KVImport, SpeculationConfig, TokenTree
+from thornback.algorithms import Growth, Level
+from thornback.contracts import KVImport, SpeculationConfig
+from thornback.engine import kernels
 from thornback.engine.attention import PagedBatch
 from thornback.engine.block_manager import BlockManager
 from thornback.engine.decoder_program import DecoderProgram
@@ -21,11 +22,18 @@ from thornback.engine.sequence import Sequence
 
 @dataclass(slots=True)
 class Drafted:
-    """A draft's tree, each node weighing the probability of the path to it; and its distribution of the next token,
-    `[V]`, by which retrieved trees are pruned."""
+    """A draft's tree, each node weighing the probability of the path to it. What a draft holds of any next token:
+    `scores` `[V]` times `scale`, less `norm`, is the logarithm of its probability; `least`: of its last choice."""
 
-    tree: TokenTree
-    first: np.ndarray
+    tree: tuple[np.ndarray, np.ndarray, np.ndarray]
+    scores: np.ndarray
+    scale: float
+    norm: float
+    least: float
+
+    def chances(self, tokens: np.ndarray) -> np.ndarray:
+        """The probabilities of some tokens."""
+        return np.exp(self.scores[tokens] * self.scale - self.norm)
 
 
 class Drafter:
@@ -50,59 +58,48 @@ class Drafter:
             self._program.load()
 
     @torch.inference_mode()
-    def propose(self, sequences: List[Sequence]) -> list[Drafted | None]:
-        """A tree for each sequence whose last token no pass has seen yet; None where the pool has no room."""
-        config = self._config
-        room = config.draft_top_k * (config.draft_depth - 1)
+    def propose(self, sequences: List[Sequence], least_promise: float = 0.0) -> list[Drafted | None]:
+        """A tree for each sequence whose last token no pass has seen yet; None where the pool has no room. Levels whose
+        nodes promise fewer than `least_promise` accepted tokens in all are left out."""
+        width, depth = self._config.draft_top_k, self._config.draft_depth
         able = [
             s
             for s in sequences
-            if len(s.token_ids) + config.draft_depth <= self._max_model_len
-            and self._blocks.grow(s, len(s.token_ids) + room)
+            if len(s.token_ids) + depth <= self._max_model_len
+            and self._blocks.grow(s, len(s.token_ids) + width * (depth - 1))
         ]
         if not able:
             return [None] * len(sequences)
-        logits, hidden = self._catch_up(able)
-        scales = np.array(
-            [1.0 / s.request.sampling.temperature if s.request.sampling.temperature else 1.0 for s in able]
-        )
-        scale = torch.from_numpy(scales.astype(np.float32)).to(logits.device)[:, None]
-        first = (logits.float() * scale).softmax(-1)
-        probabilities, tokens = first.topk(config.draft_top_k)
-        growths = [Growth(config.draft_top_k, room) for _ in able]
-        owners = np.arange(len(able))
-        for depth in range(config.draft_depth):
-            parts = zip(
-                growths, _split(tokens, owners, len(able)), _split(probabilities, owners, len(able)), strict=True
-            )
-            for growth, some, chances in parts:
-                growth.add(some, chances)
-            if depth == config.draft_depth - 1:
+        scales = [1.0 / s.request.sampling.temperature if s.request.sampling.temperature else 1.0 for s in able]
+        scale = torch.tensor(scales, dtype=torch.float32, device=self._pool.device)
+        scores, hidden = self._catch_up(able)
+        tokens, chances, norms = self._likeliest(scores, scale)
+        least, norm, scale = chances[:, -1], norms, scale.repeat_interleave(width)
+        growth, pass_of = Growth(len(able), width, depth), LevelPass(self._pool, able, width)
+        growth.add(tokens, chances)
+        for number in range(1, depth):
+            level = growth.expand()
+            if level.promise.sum() < least_promise:
                 break
-            grown = [growth.expand() for growth in growths]  # rows of the last pass that each looks behind
-            counts = np.array([len(g.tokens) for g in grown])
-            if not counts.sum():
-                break
-            offsets = np.cumsum(np.bincount(owners, minlength=len(able))) - np.bincount(owners, minlength=len(able))
-            rows = np.concatenate([g.rows + offset for g, offset in zip(grown, offsets, strict=True)])
-            owners = np.repeat(np.arange(len(able)), counts)
-            paged = PagedBatch.of(
-                self._pool,
-                counts.tolist(),
-                [len(s.token_ids) + g.num_before for s, g in zip(able, grown, strict=True)],
-                [s.block_table for s in able],
-                {i: g.parents for i, g in enumerate(grown)},
-            )
-            ids = self._tensor(np.concatenate([g.tokens for g in grown]))
-            logits, hidden = self._run(ids, hidden[self._tensor(rows)], self._tensor(np.arange(len(ids))), paged)
-            probabilities, tokens = (logits.float() * scale[self._tensor(owners)]).softmax(-1).topk(config.draft_top_k)
+            paged = pass_of(level, number)
+            hidden = hidden[torch.from_numpy(level.rows).to(hidden.device)]
+            logits, hidden = self._run(torch.from_numpy(level.tokens).to(hidden.device), hidden, None, paged)
+            growth.add(*self._likeliest(logits, scale)[:2])
         for seq in able:
             self._blocks.trim(seq, len(seq.token_ids))
-        found = {
-            s: Drafted(TokenTree(*growth.tree()), p)
-            for s, growth, p in zip(able, growths, first.cpu().numpy(), strict=True)
-        }
+        parts = zip(growth.trees(), scores.float().cpu().numpy(), scales, norm.tolist(), least.tolist(), strict=True)
+        found = dict(zip(able, (Drafted(*part) for part in parts), strict=True))
         return [found.get(s) for s in sequences]
+
+    def _likeliest(self, logits: Tensor, scale: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The likeliest tokens of each row, their probabilities, and the logarithms of the rows' denominators."""
+        width = self._config.draft_top_k
+        if kernels.usable(logits):
+            return tuple(x.numpy() for x in kernels.likeliest(logits, scale, width))
+        scores = logits.float() * scale[:, None]
+        norm = scores.logsumexp(-1)
+        best, tokens = scores.topk(width)
+        return tokens.cpu().numpy(), (best - norm[:, None]).exp().cpu().numpy(), norm.cpu().numpy()
 
     @torch.inference_mode()
     def catch_up(self, sequences: List[Sequence]) -> None:
@@ -159,20 +156,33 @@ class Drafter:
         _, states, row, _ = seq.hidden[-1]
         return states[row].float().cpu().numpy()
 
-    def _run(self, ids: Tensor, hidden: Tensor, rows: Tensor, paged: PagedBatch) -> tuple[Tensor, Tensor]:
-        """Logits `[R, V]` of some rows and the guessed hidden states of all, `[T, H]`."""
+    def _run(self, ids: Tensor, hidden: Tensor, rows: Tensor | None, paged: PagedBatch) -> tuple[Tensor, Tensor]:
+        """Logits `[R, V]` of some rows (None: all) and the guessed hidden states of all, `[T, H]`."""
         if self._program is not None:
-            logits, states = self._program(ids, rows, paged, hidden)
+            every = torch.arange(len(ids)) if rows is None else rows
+            logits, states = self._program(ids, every, paged, hidden)
             assert states is not None
             return logits, states
         states = self.head(ids, hidden, paged.positions, paged)
-        return self.head.lm_head(states[rows]), states
+        return self.head.lm_head(states if rows is None else states[rows]), states
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.asarray(values, np.int64)).to(self._pool.device)
 
 
-def _split(values: Tensor, owners: np.ndarray, count: int) -> list[np.ndarray]:
-    """Rows of values by the sequences that own them."""
-    counts = np.bincount(owners, minlength=count)
-    return np.split(values.cpu().numpy(), np.cumsum(counts)[:-1])
+class LevelPass:
+    """Where the nodes of trees stand that a draft grows: behind each sequence, one behind the other, level by level."""
+
+    def __init__(self, pool: Tensor, sequences: List[Sequence], width: int) -> None:
+        self._pool, self._width = pool, width
+        self._lengths = np.array([len(s.token_ids) for s in sequences])
+        self._owners = np.repeat(np.arange(len(sequences)), width)
+        self._table = np.zeros((len(sequences), max(len(s.block_table) for s in sequences)), np.int64)
+        for row, seq in zip(self._table, sequences, strict=True):
+            row[: len(seq.block_table)] = seq.block_table
+
+    def __call__(self, level: Level, number: int) -> PagedBatch:
+        """The pass over level `number`, counted from 1."""
+        rows = np.tile(np.arange(self._width) + level.num_before, len(self._lengths)) + self._lengths[self._owners]
+        arrays = (rows, self._lengths[self._owners] + number - 1, self._lengths[self._owners] - 1, level.bits)
+        return PagedBatch.of_nodes(self._pool, self._owners, self._table, *arrays)

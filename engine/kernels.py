@@ -88,6 +88,54 @@ def draw(scores: Tensor, uniform: Tensor, greedy: Tensor) -> tuple[Tensor, Tenso
     return tokens, logprobs, log_norm
 
 
+@Kernel("scores num vocabulary scale k tokens chances norm")
+def _likeliest(args):
+    a = carray(args, 1)[0]
+    n, k = a.vocabulary, a.k
+    scores, scale, norm = floats(a.scores, a.num, n), floats(a.scale, 1, a.num), floats(a.norm, 1, a.num)
+    tokens, chances = integers(a.tokens, a.num, k), floats(a.chances, a.num, k)
+    weights = np.empty(n, np.float32)
+    while True:
+        row = next_task(args)
+        if row >= a.num:
+            break
+        best, found = chances[row], tokens[row]
+        best[:] = -np.inf
+        found[:] = 0
+        for i in range(n):
+            score = scores[row, i]
+            if score > best[k - 1]:
+                at = k - 1
+                while at > 0 and best[at - 1] < score:
+                    best[at], found[at] = best[at - 1], found[at - 1]
+                    at -= 1
+                best[at], found[at] = score, i
+        peak, factor = best[0], scale[0, row]
+        for i in range(n):
+            weights[i] = (scores[row, i] - peak) * factor
+        exponentials(weights)
+        total = 0.0
+        for i in range(n):
+            total += weights[i]
+        norm[0, row] = peak * factor + np.log(total)
+        for i in range(k):
+            best[i] = np.exp((best[i] - peak) * factor) / total
+
+
+def likeliest(scores: Tensor, scale: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of `scores` `[B, V]` the `k` likeliest tokens, int64 `[B, k]`; their probabilities under
+    softmax(`scale` `[B]` * scores); and the logarithm of that softmax's denominator `[B]`."""
+    num, vocabulary = scores.shape
+    tokens, chances, norm = (
+        scores.new_empty(num, k, dtype=torch.int64),
+        scores.new_empty(num, k),
+        scores.new_empty(num),
+    )
+    _likeliest(scores.numel(), scores.data_ptr(), num, vocabulary, scale.data_ptr(), k, tokens.data_ptr(),
+               chances.data_ptr(), norm.data_ptr())  # fmt: skip
+    return tokens, chances, norm
+
+
 # What stands between the matrix products
 
 

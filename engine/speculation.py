@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from thornback.algorithms import best_size, chances, depths, fuse, prune, subtree
+from thornback.algorithms import best_size, combine, likelihoods, subtree
 from thornback.contracts import Retriever, SpeculationConfig, SpeculationStats, TokenTree
 from thornback.engine.drafter import Drafted, Drafter
 from thornback.engine.sequence import Sequence
@@ -154,26 +154,20 @@ class Speculation:
         return min(seq.request.sampling.max_tokens - seq.num_output_tokens, self._max_model_len - len(seq.token_ids))
 
     def _guess(self, seq: Sequence, left: int, draft: Drafted | None, config: SpeculationConfig) -> _Guess | None:
-        """What all sources say, as one tree: a node is right where any of them is, if they err independently."""
-        sources = [] if draft is None else [(draft.tree, draft.tree.weights)]
+        """What all sources say, as one tree."""
+        sources = [] if draft is None else [draft.tree]
         for tree in self._retrieve(seq, config):
+            first, least = np.empty(0, np.float32), 0.0
             if draft is not None:
-                kept = prune(
-                    tree.tokens, tree.parents, tree.weights, len(tree), draft.first, config.draft_top_k, _LIKELY
-                )
-                tree = TokenTree(*subtree(tree.tokens, tree.parents, kept), tree.weights[kept])
-            if len(tree):
-                shares = tree.weights / tree.weights[tree.parents < 0].sum()
-                sources.append((tree, chances(shares, depths(tree.parents), seq.agreement.rate)))
+                first, least = draft.chances(tree.tokens[tree.parents < 0]), min(draft.least, _LIKELY)
+            likely = likelihoods(tree.tokens, tree.parents, tree.weights, seq.agreement.rate, first, least)
+            sources.append((tree.tokens, tree.parents, likely))
         if not sources:
             return None
-        doubts = [(tree.tokens, tree.parents, -np.log1p(-np.minimum(likely, _SURE))) for tree, likely in sources]
-        tokens, parents, weights = fuse(doubts)
-        weights[depths(parents) >= left] = 0  # behind the last token that may be drawn
-        kept = prune(tokens, parents, weights, config.num_nodes)
-        if not len(kept):
-            return None
-        return _Guess(seq, TokenTree(*subtree(tokens, parents, kept), weights[kept]), -np.expm1(-weights[kept]))
+        columns = [np.concatenate(column) for column in zip(*sources, strict=True)]
+        stops = np.cumsum([len(source[0]) for source in sources])
+        tokens, parents, likely = combine(*columns, stops, config.num_nodes, left - 1)
+        return _Guess(seq, TokenTree(tokens, parents, likely), likely) if len(tokens) else None
 
     def _retrieve(self, seq: Sequence, config: SpeculationConfig) -> list[TokenTree]:
         """What retrievers know. One that fails ends the guessing for this request, and nothing else."""

@@ -64,7 +64,7 @@ def test_lossless(tiny_model, head_for, architecture, dtype, sampling) -> None:
 def guesses(engine: TorchEngine, seq) -> np.ndarray:
     """What the engine's head says of the next token."""
     (drafted,) = engine.drafter.propose([seq])
-    return drafted.first
+    return drafted.chances(np.arange(len(drafted.scores)))
 
 
 def expected(model, directory: str, token_ids: list[int], known: int) -> np.ndarray:
