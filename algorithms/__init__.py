@@ -5,8 +5,16 @@ from thornback.algorithms.alignment import align_runs, runs_of
 from thornback.algorithms.difficulty import fate
 from thornback.algorithms.growth import Growth, Level
 from thornback.algorithms.segments import SegmentAllocator
-from thornback.algorithms.speculation import Agreement, best_size, chances
-from thornback.algorithms.trees import ancestor_bits, combine, depths, fuse, likelihoods, prune, subtree, verify
+from thornback.algorithms.speculation import Agreement, best_size
+from thornback.algorithms.trees import (
+    agreement,
+    ancestor_bits,
+    depths,
+    fuse,
+    likelihoods,
+    subtree,
+    verify,
+)
 
 # The losses are torch functions: `from thornback.algorithms.losses import policy_loss` keeps torch out of here.
 __all__ = [
@@ -18,16 +26,14 @@ __all__ = [
     "Growth",
     "Level",
     "SegmentAllocator",
+    "agreement",
     "align_runs",
     "ancestor_bits",
     "best_size",
-    "chances",
-    "combine",
     "depths",
     "fate",
     "fuse",
     "likelihoods",
-    "prune",
     "runs_of",
     "subtree",
     "verify",

@@ -6,24 +6,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_PRIOR, _TRUST = 0.6, 2.0  # how often a guess is right before anything is known, and how many guesses that counts for
+# How often a retrieved token is right before anything is known of a sequence, by how long the match was: so often
+# where that is not known, or short; with a long one, this much is left of the doubt. So many guesses that counts for.
+_PRIOR, _LONG, _DOUBT_LEFT, _TRUST = 0.55, 16, 0.15, 3.0
 _MEMORY = 0.9  # what an earlier pass weighs beside the one after it
 
 
 @dataclass(slots=True)
 class Agreement:
-    """How often a sequence's next token was among those that were guessed for it, of late."""
+    """How often a sequence's next token was among those that a source guessed for it, of late."""
 
     right: float = 0.0
     tried: float = 0.0
 
-    @property
-    def rate(self) -> float:
-        return (self.right + _PRIOR * _TRUST) / (self.tried + _TRUST)
+    def rate(self, match_length: int = 0) -> float:
+        """How often the next guess will be right, each token of it, if the source found a match of that length."""
+        doubt = (1.0 - _PRIOR) * _DOUBT_LEFT ** (min(match_length, _LONG) / _LONG)
+        return (self.right + (1.0 - doubt) * _TRUST) / (self.tried + _TRUST)
 
     def learn(self, num_accepted: int, stopped: float) -> None:
-        """A pass accepted so many tokens one after the other; then `stopped`, in [0, 1], guesses were wrong: 0 if the
-        tree ended there."""
+        """So many tokens in a row were right; then `stopped`, in [0, 1], guesses were wrong: 0 if the tree ended."""
         self.forget()
         self.right += num_accepted
         self.tried += num_accepted + stopped
@@ -32,12 +34,6 @@ class Agreement:
         """A pass without a guess: what is known grows old, so that guessing is tried again some time."""
         self.right *= _MEMORY
         self.tried *= _MEMORY
-
-
-def chances(shares: np.ndarray, depths: np.ndarray, rate: float) -> np.ndarray:
-    """How likely each node of a tree is to be accepted, `[N]`: its share of what its source has seen, in [0, 1], and
-    the sequence's agreement at each token on the way."""
-    return shares * rate**depths
 
 
 def best_size(likely: np.ndarray, num_sequences: int, num_tokens: int, seconds: np.ndarray, sizes: np.ndarray) -> int:

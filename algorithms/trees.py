@@ -15,76 +15,11 @@ import numpy as np
 from thornback.algorithms.compiled import compiled
 
 
-def prune(
-    tokens: np.ndarray,
-    parents: np.ndarray,
-    counts: np.ndarray,
-    num_nodes: int,
-    first: np.ndarray | None = None,
-    top_k: int = 8,
-    min_p: float = 1.0,
-) -> np.ndarray:
-    """The nodes of a retrieved tree that are kept, in order: at most `num_nodes`, their ancestors included.
-
-    `counts` `[N]`: the continuations through each node; `first` `[V]`: the draft's distribution of the next token.
-    A branch stays if its first token is among the `top_k` of `first`, or has at least `min_p` there; its nodes score
-    first[its first token] * count / count of its first node. Without a draft (None) the score is the count. Nodes that
-    score 0 go. The paper prunes by the draft's distribution; the score and the budgets are ours.
-    """
-    scores = counts.astype(np.float64)
-    if first is not None:
-        roots = root_of(parents)
-        heads = np.flatnonzero(parents < 0)
-        chance = first[tokens[heads]].astype(np.float64)
-        floor = np.partition(first, -top_k)[-top_k] if top_k < len(first) else -np.inf
-        kept = (chance >= floor) | (chance >= min_p)
-        of_head = np.zeros(len(parents))
-        of_head[heads] = np.where(kept, chance / counts[heads], 0.0)
-        scores *= of_head[roots]
-    # A child never scores above its parent, and comes after it, so that the best nodes bring their ancestors.
-    best = np.argsort(-scores, kind="stable")[:num_nodes]
-    return np.sort(best[scores[best] > 0])
-
-
-def root_of(parents: np.ndarray) -> np.ndarray:
-    """For each node the first node of its branch, `[N]`."""
-    roots = np.arange(len(parents))
-    for i, parent in enumerate(parents.tolist()):
-        if parent >= 0:
-            roots[i] = roots[parent]
-    return roots
-
-
 def subtree(tokens: np.ndarray, parents: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and parents of the nodes `kept`, in order, which must hold their own ancestors."""
     place = np.full(len(parents) + 1, -1)
     place[kept] = np.arange(len(kept))
     return tokens[kept], place[parents[kept]].astype(np.int32)  # place[-1] is -1
-
-
-Tree = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, parents, weights
-
-
-def fuse(trees: Sequence[Tree]) -> Tree:
-    """One tree of all: each path of a later tree is walked down the earlier ones while tokens agree, and what is left
-    of it is attached there (longest prefix matching). Weights of a node in several trees add up."""
-    tokens: list[int] = []
-    parents: list[int] = []
-    weights: list[float] = []
-    known: dict[tuple[int, int], int] = {}
-    for tree in trees:
-        place: list[int] = []
-        for token, parent, weight in zip(*(column.tolist() for column in tree), strict=True):
-            under = place[parent] if parent >= 0 else -1
-            node = known.get((under, token))
-            if node is None:
-                node = known[under, token] = len(tokens)
-                tokens.append(token)
-                parents.append(under)
-                weights.append(0.0)
-            weights[node] += weight
-            place.append(node)
-    return np.asarray(tokens, np.int32), np.asarray(parents, np.int32), np.asarray(weights, np.float32)
 
 
 @compiled
@@ -110,10 +45,11 @@ def likelihoods(tokens, parents, weights, rate, first, least):
 
 
 @compiled
-def combine(tokens, parents, chances, stops, num_nodes, max_depth):
-    """One tree of several sources': fused by longest prefix (see `fuse`), and pruned to the `num_nodes` likeliest nodes
-    of at most `max_depth`. Sources lie one behind the other, up to `stops` `[S]`, parents counted within each. A node
-    is right where any source is, if they err independently (ours). Returns tokens, parents and chances."""
+def fuse(tokens, parents, chances, stops, num_nodes, max_depth):
+    """One tree of several sources': each path of a later one is walked down the earlier ones while tokens agree,
+    and what is left of it is attached there (longest prefix matching); then only the `num_nodes` likeliest nodes of at
+    most `max_depth` are kept. Sources lie one behind the other, up to `stops` `[S]`, parents counted within each. A
+    node is right where any source is, if they err independently (ours). Returns tokens, parents and chances."""
     size = len(tokens)
     found, above, doubt = np.empty(size, np.int32), np.empty(size, np.int32), np.zeros(size, np.float64)
     depth, place = np.empty(size, np.int64), np.full(size, -1, np.int64)
@@ -124,7 +60,7 @@ def combine(tokens, parents, chances, stops, num_nodes, max_depth):
             under = -1
             if parents[i] >= 0:
                 under = place[start + parents[i]]
-            if chances[i] <= 0 or (parents[i] >= 0 and under < 0):
+            if not chances[i] > 0 or (parents[i] >= 0 and under < 0):  # also where a draft says NaN
                 continue
             level = 1 if under < 0 else depth[under] + 1
             if level > max_depth:
@@ -167,6 +103,25 @@ def ancestor_bits(parents: np.ndarray) -> np.ndarray:
     for i, parent in enumerate(parents.tolist()):
         bits.append(bits[parent + 1] | 1 << (i + 1))
     return np.asarray(bits, np.uint64)
+
+
+@compiled
+def agreement(tokens, parents, said):
+    """How many of the tokens `said` a tree has one below the other, and whether it has others in place of the next."""
+    node, right = -1, 0
+    for token in said:
+        child, others = -1, False
+        for i in range(node + 1, len(tokens)):
+            if parents[i] == node:
+                others = True
+                if tokens[i] == token:
+                    child = i
+                    break
+        if child < 0:
+            return right, others
+        node = child
+        right += 1
+    return right, False
 
 
 def verify(tokens: np.ndarray, parents: np.ndarray, drawn: Sequence[int]) -> list[int]:

@@ -12,7 +12,8 @@ from thornback.contracts.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class TokenTree:
-    """Continuations of one sequence that begin alike, merged: a trie under the sequence's last token.
+    """Continuations of one sequence that begin alike, merged: a trie under the sequence's last token. `match_length`:
+    behind how many of the sequence's last tokens a retrieval found them; 0 if that is not known.
 
     Node i carries `tokens[i]` and stands under node `parents[i]` (-1: directly under the last token); parents come
     before their children, and no two children of a node carry the same token. `weights[i]`: of a draft, the
@@ -23,6 +24,7 @@ class TokenTree:
     tokens: np.ndarray
     parents: np.ndarray
     weights: np.ndarray
+    match_length: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)

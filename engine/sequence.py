@@ -35,7 +35,8 @@ class Sequence:
     grammar: Any = None
     draft: TokenTree | None = None  # what the coming pass verifies, if there is room for it
     speculates: bool = True  # until a retriever fails it
-    agreement: Agreement = field(default_factory=Agreement)
+    agreements: list[Agreement] = field(default_factory=list)  # with each retriever
+    retrieved: list[TokenTree] = field(default_factory=list)  # by each, for the draft
     # Hidden states that a draft head has not read: (position of the first, a pass's states, row of the first, number).
     hidden: deque[tuple[int, Any, int, int]] = field(default_factory=lambda: deque(maxlen=_HIDDEN))
     num_drafted_tokens: int = 0  # of which a draft head has read

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from thornback.algorithms import best_size, combine, likelihoods, subtree
+from thornback.algorithms import Agreement, agreement, best_size, fuse, likelihoods, subtree
 from thornback.contracts import Retriever, SpeculationConfig, SpeculationStats, TokenTree
 from thornback.engine.drafter import Drafted, Drafter
 from thornback.engine.sequence import Sequence
@@ -119,7 +119,8 @@ class Speculation:
             self._choose(self._guess_all(eligible, self._config), len(sequences), num_tokens)
         for seq in eligible:
             if seq.draft is None:
-                seq.agreement.forget()
+                for source in seq.agreements:
+                    source.forget()
 
     def observe(self, num_tokens: int) -> None:
         """The pass that was proposed is over, and gave so many tokens."""
@@ -145,9 +146,26 @@ class Speculation:
 
     def _guess_all(self, sequences: list[Sequence], config: SpeculationConfig) -> list[_Guess]:
         able = [(seq, left) for seq in sequences if (left := self._left(seq)) > 1]
-        drafts = self._drafter.propose([seq for seq, _ in able]) if self._drafter and able else [None] * len(able)
+        drafts = self._draft([seq for seq, _ in able])
         guesses = (self._guess(seq, left, draft, config) for (seq, left), draft in zip(able, drafts, strict=True))
         return [guess for guess in guesses if guess is not None]
+
+    def _draft(self, sequences: list[Sequence]) -> Iterable[Drafted | None]:
+        """What the draft head says. If it fails, its sequences go on without guesses."""
+        if self._drafter is None or not sequences:
+            return [None] * len(sequences)
+        try:
+            return self._drafter.propose(sequences)
+        except Exception as error:
+            for seq in sequences:
+                self._give_up(seq, error)
+            return [None] * len(sequences)
+
+    def _give_up(self, seq: Sequence, error: Exception) -> None:
+        """End the guessing for a request, and nothing else."""
+        seq.speculates = False
+        self.num_failures += 1
+        _log.warning("Request %s goes on without speculation: %s", seq.request.request_id, error)
 
     def _left(self, seq: Sequence) -> int:
         """How many tokens may still be drawn."""
@@ -155,43 +173,52 @@ class Speculation:
 
     def _guess(self, seq: Sequence, left: int, draft: Drafted | None, config: SpeculationConfig) -> _Guess | None:
         """What all sources say, as one tree."""
+        if seq.speculates:
+            self._retrieve(seq, config)
+        if not seq.speculates:
+            return None
         sources = [] if draft is None else [draft.tree]
-        for tree in self._retrieve(seq, config):
+        for tree, source in zip(seq.retrieved, seq.agreements, strict=True):
+            if not len(tree):
+                continue
+            rate = source.rate(tree.match_length)
             first, least = np.empty(0, np.float32), 0.0
             if draft is not None:
                 first, least = draft.chances(tree.tokens[tree.parents < 0]), min(draft.least, _LIKELY)
-            likely = likelihoods(tree.tokens, tree.parents, tree.weights, seq.agreement.rate, first, least)
+            likely = likelihoods(tree.tokens, tree.parents, tree.weights, rate, first, least)
             sources.append((tree.tokens, tree.parents, likely))
         if not sources:
             return None
         columns = [np.concatenate(column) for column in zip(*sources, strict=True)]
         stops = np.cumsum([len(source[0]) for source in sources])
-        tokens, parents, likely = combine(*columns, stops, config.num_nodes, left - 1)
+        tokens, parents, likely = fuse(*columns, stops, config.num_nodes, left - 1)
         return _Guess(seq, TokenTree(tokens, parents, likely), likely) if len(tokens) else None
 
-    def _retrieve(self, seq: Sequence, config: SpeculationConfig) -> list[TokenTree]:
-        """What retrievers know. One that fails ends the guessing for this request, and nothing else."""
+    def _retrieve(self, seq: Sequence, config: SpeculationConfig) -> None:
+        """Ask the retrievers."""
         context = np.asarray(seq.token_ids[-config.max_lookback :], np.int32)
         try:
-            trees = [retriever.retrieve(context, config.num_nodes) for retriever in self._retrievers]
-            for tree in trees:
+            seq.retrieved = [retriever.retrieve(context, config.num_nodes) for retriever in self._retrievers]
+            for tree in seq.retrieved:
                 _check(tree, self._vocab_size)
         except Exception as error:
-            seq.speculates = False
-            self.num_failures += 1
-            _log.warning("Request %s goes on without speculation: %s", seq.request.request_id, error)
-            return []
-        return [tree for tree in trees if len(tree)]
+            seq.retrieved = []
+            self._give_up(seq, error)
+        if not seq.agreements:
+            seq.agreements = [Agreement() for _ in self._retrievers]
 
-    def learn(self, seq: Sequence, draft: TokenTree, path: list[int]) -> None:
-        """A draft was verified, and the model went down `path`."""
+    def learn(self, seq: Sequence, draft: TokenTree, path: list[int], drawn: list[int]) -> None:
+        """A draft was verified, and the model went down `path`; `drawn` as in `verify`."""
         self.num_drafts += 1
         self.num_draft_tokens += len(draft)
         self.num_accepted_tokens += len(path)
         for depth in range(len(path)):
             self._per_position[depth] += 1
-        end = path[-1] if path else -1
-        seq.agreement.learn(len(path), float((draft.parents == end).any()))
+        said = np.array([drawn[0], *(drawn[node + 1] for node in path)])
+        for tree, source in zip(seq.retrieved, seq.agreements, strict=False):
+            if len(tree):
+                right, others = agreement(tree.tokens, tree.parents, said)
+                source.learn(right, float(others))
 
 
 def _check(tree: TokenTree, vocab_size: int) -> None:

@@ -242,7 +242,7 @@ class TorchEngine:
         seq, draft = turn.seq, turn.draft
         assert draft is not None
         path = verify(draft.tokens, draft.parents, drawn)
-        self.speculation.learn(seq, draft, path)
+        self.speculation.learn(seq, draft, path, drawn)
         moved = [(node, i) for i, node in enumerate(path) if node != i]
         if moved:
             size = self.config.block_size

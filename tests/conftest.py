@@ -11,6 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A deadline measures the machine, and what is compiled at its first use.
+settings.register_profile("thornback", deadline=None)
+settings.load_profile("thornback")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thornback.algorithms import Agreement, best_size, chances
+from thornback.algorithms import Agreement, best_size
 
 SIZES = np.array([1, 8, 64, 256])
 
@@ -35,17 +35,19 @@ def test_no_other_size_gives_more(likely, num, steps) -> None:
 
 def test_agreement_follows_what_happens_and_recovers() -> None:
     agreement = Agreement()
-    start = agreement.rate
+    start = agreement.rate()
     for _ in range(20):
         agreement.learn(0, 1.0)
-    assert agreement.rate < 0.15
+    assert agreement.rate() < 0.15
     for _ in range(40):
         agreement.forget()
-    assert agreement.rate > 0.9 * start
+    assert agreement.rate() > 0.9 * start
     for _ in range(20):
         agreement.learn(5, 0.0)
-    assert agreement.rate > 0.95
+    assert agreement.rate() > 0.95
 
 
-def test_a_nodes_chance_falls_with_its_depth() -> None:
-    np.testing.assert_allclose(chances(np.array([1.0, 0.5, 0.5]), np.array([1, 1, 2]), 0.8), [0.8, 0.4, 0.32])
+def test_a_long_match_is_believed_more() -> None:
+    rates = [Agreement().rate(length) for length in range(0, 20)]
+    assert rates == sorted(rates)
+    assert rates[0] < 0.7 < 0.9 < rates[-1] < 1

@@ -7,14 +7,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thornback.algorithms import ancestor_bits, depths, fuse, prune, subtree, verify
+from thornback.algorithms import agreement, ancestor_bits, depths, fuse, likelihoods, subtree, verify
+
+ALL = 1 << 20
+NOTHING = np.empty(0, np.float32)
+
+
+def trie_of(paths):
+    """Tokens, parents, and the number of paths through each node."""
+    known, counts = {}, []
+    for path in paths:
+        node = -1
+        for token in path:
+            if (node, token) not in known:
+                known[node, token] = len(counts)
+                counts.append(0)
+            node = known[node, token]
+            counts[node] += 1
+    tokens, parents = [t for _, t in known], [p for p, _ in known]
+    return np.array(tokens, np.int32), np.array(parents, np.int32), np.array(counts, np.float32)
 
 
 @st.composite
-def tries(draw, max_nodes: int = 20):
-    """A trie of random sequences, with the number of sequences through each node."""
-    paths = draw(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), min_size=0, max_size=max_nodes // 4))
-    return (*fuse([(np.asarray(p), np.arange(len(p)) - 1, np.ones(len(p))) for p in paths]), paths)
+def tries(draw):
+    """A trie of random sequences, and these."""
+    paths = draw(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), max_size=5))
+    return (*trie_of(paths), paths)
+
+
+def fused(*trees, num_nodes=ALL, max_depth=ALL):
+    columns = [np.concatenate(column) for column in zip(*trees, strict=True)]
+    return fuse(*columns, np.cumsum([len(tree[0]) for tree in trees]), num_nodes, max_depth)
 
 
 def walk(tokens, parents, path):
@@ -36,47 +59,72 @@ def check_shape(tokens, parents):
 
 @given(tries(), tries())
 def test_fusion_holds_every_path_once(one, other) -> None:
-    tokens, parents, weights = fuse([one[:3], other[:3]])
+    trees = [(t, p, w / (1 + w.max(initial=0))) for t, p, w, _ in (one, other)]
+    tokens, parents, likely = fused(*trees)
     check_shape(tokens, parents)
     paths = one[3] + other[3]
     for path in paths:
         assert len(walk(tokens, parents, path)) == len(path)
-    for node, weight in enumerate(weights):
-        assert weight == sum(node in walk(tokens, parents, path) for path in paths)
     assert len(tokens) == len({tuple(path[: i + 1]) for path in paths for i in range(len(path))})
-    np.testing.assert_array_equal(tokens[: len(one[0])], one[0])  # the first tree keeps its places
+    for path in paths:  # right where any source is, if they err independently
+        found = [tree[2][walk(*tree[:2], path)[-1:]] for tree in trees if len(walk(*tree[:2], path)) == len(path)]
+        wrong = np.prod([1 - float(chance[0]) for chance in found])
+        assert likely[walk(tokens, parents, path)[-1]] == pytest.approx(1 - wrong, abs=1e-5)
 
 
-@given(tries(), st.integers(0, 12))
-def test_pruning_keeps_the_most_frequent_with_their_ancestors(trie, num_nodes) -> None:
+@given(tries(), tries(), st.integers(0, 12), st.integers(1, 5))
+def test_pruning_keeps_the_likeliest_with_their_ancestors(one, other, num_nodes, max_depth) -> None:
+    trees = [(t, p, w / (1 + w.max(initial=0))) for t, p, w, _ in (one, other)]
+    every = fused(*trees, max_depth=max_depth)
+    tokens, parents, likely = fused(*trees, num_nodes=num_nodes, max_depth=max_depth)
+    check_shape(tokens, parents)
+    assert len(tokens) == min(num_nodes, len(every[0]))
+    assert depths(parents).max(initial=0) <= max_depth
+    np.testing.assert_allclose(np.sort(likely), np.sort(every[2])[len(every[2]) - len(likely) :])
+
+
+@given(tries(), st.floats(0.1, 1.0))
+def test_a_nodes_chance_is_its_share_and_falls_with_its_depth(trie, rate) -> None:
+    tokens, parents, counts, paths = trie
+    likely = likelihoods(tokens, parents, counts, rate, NOTHING, 0.0)
+    np.testing.assert_allclose(likely, counts / max(len(paths), 1) * rate ** depths(parents), rtol=1e-5)
+
+
+@given(tries(), st.data())
+def test_the_draft_prunes_branches(trie, data) -> None:
     tokens, parents, counts, _ = trie
-    kept = prune(tokens, parents, counts, num_nodes)
-    assert len(kept) == min(num_nodes, len(tokens))
-    assert set(parents[kept]) <= {-1, *kept}
-    left = np.setdiff1d(np.arange(len(tokens)), kept)
-    assert not len(left) or not len(kept) or counts[left].max() <= counts[kept].min()
-    check_shape(*subtree(tokens, parents, kept))
+    heads = np.flatnonzero(parents < 0)
+    first = np.array([data.draw(st.sampled_from([0.01, 0.3])) for _ in heads], np.float32)
+    likely = likelihoods(tokens, parents, counts, 1.0, first, 0.1)
+    kept = {int(tokens[head]) for head, chance in zip(heads, first, strict=True) if chance >= 0.1}
+    left, above, _ = fused((tokens, parents, likely))
+    assert {int(t) for t in left[above < 0]} == kept
+    whole = [i for i in range(len(tokens)) if likely[i] > 0]
+    np.testing.assert_array_equal(np.sort(left), np.sort(tokens[whole]))
 
 
-@given(tries(), st.integers(1, 12), st.integers(1, 4))
-def test_pruning_asks_the_draft_first(trie, num_nodes, top_k) -> None:
-    tokens, parents, counts, _ = trie
-    first = np.array([0.5, 0.1, 0.3, 0.1 - 1e-3], np.float32)
-    kept = prune(tokens, parents, counts, num_nodes, first, top_k)
-    assert set(parents[kept]) <= {-1, *kept}
-    likely = {0, 2, 1, 3} if top_k == 4 else {0: set(), 1: {0}, 2: {0, 2}, 3: {0, 2, 1}}[top_k]
-    assert {int(t) for t in tokens[kept[parents[kept] < 0]]} <= likely
-    below = prune(tokens, parents, counts, num_nodes, first, 1, min_p=0.3)
-    assert {int(t) for t in tokens[below[parents[below] < 0]]} <= {0, 2}
+@given(tries(), st.lists(st.integers(0, 3), max_size=6))
+def test_agreement_is_how_far_a_tree_goes_along(trie, said) -> None:
+    tokens, parents, _, _ = trie
+    right, others = agreement(tokens, parents, np.array(said, np.int64))
+    path = walk(tokens, parents, said)
+    assert right == len(path)
+    end = path[-1] if path else -1
+    assert others == (right < len(said) and bool((parents == end).any()))
 
 
-def test_the_score_is_the_drafts_chance_times_the_share() -> None:
-    tokens, parents, _ = fuse([(np.array(p), np.arange(len(p)) - 1, np.ones(2)) for p in ([0, 1], [0, 2], [1, 1])])
-    counts = np.array([10.0, 6.0, 4.0, 100.0, 90.0])  # 0, 0-1, 0-2, 1, 1-1
-    first = np.array([0.8, 0.2, 0.0])
-    # scores: .8, .48, .32, .2, .18
-    assert prune(tokens, parents, counts, 3, first).tolist() == [0, 1, 2]
-    assert prune(tokens, parents, counts, 3).tolist() == [0, 3, 4]
+@given(tries(), st.data())
+def test_a_subtree_keeps_its_shape(trie, data) -> None:
+    tokens, parents, _, _ = trie
+    wanted = data.draw(st.sets(st.integers(0, max(len(tokens) - 1, 0)))) if len(tokens) else set()
+    kept = sorted({int(a) for node in wanted for a in _line(parents, node)})
+    check_shape(*subtree(tokens, parents, np.array(kept, np.int64)))
+
+
+def _line(parents, node):
+    while node >= 0:
+        yield node
+        node = parents[node]
 
 
 @given(tries(), st.data())

@@ -159,3 +159,37 @@ def test_heads_that_do_not_fit_are_refused(tiny_model, head_for, tmp_path) -> No
     with pytest.raises(ModelError, match="no draft head"):
         engine_of(model, str(model))
     assert json.loads((tmp_path / "other" / "config.json").read_text())["architectures"] == ["ThornbackDraftHead"]
+
+
+@pytest.mark.parametrize("fails_at", [0, 3])
+def test_a_draft_that_fails_ends_the_guessing_only(tiny_model, head_for, fails_at) -> None:
+    model, requests = tiny_model("qwen3"), requests_of(3)
+    plain = generate(engine_of(model), requests)
+    engine = engine_of(model, head_for(model))
+    propose, calls = engine.drafter.propose, []
+
+    def failing(sequences):
+        calls.append(len(sequences))
+        if len(calls) > fails_at:
+            raise RuntimeError("the draft is gone")
+        return propose(sequences)
+
+    engine.drafter.propose = failing
+    fast = generate(engine, requests)
+    for key, (sample,) in plain.items():
+        assert fast[key][0].token_ids.tolist() == sample.token_ids.tolist()
+    assert engine.speculation.stats.num_failures == 3
+    assert len(calls) == fails_at + 1
+
+
+def test_a_head_of_nan_says_nothing(tiny_model, head_for) -> None:
+    model, requests = tiny_model("qwen3"), requests_of(2)
+    plain = generate(engine_of(model), requests)
+    draft = head_for(model)
+    engine = engine_of(model, draft)
+    engine.drafter.head.norm.weight.data[:] = np.nan
+    engine.drafter.refresh()
+    fast = generate(engine, requests)
+    for key, (sample,) in plain.items():
+        assert fast[key][0].token_ids.tolist() == sample.token_ids.tolist()
+    assert engine.speculation.stats.num_accepted_tokens == 0

@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pytest
 
-from thornback.algorithms import fuse
 from thornback.contracts import ConfigError, EngineConfig, Request, SamplingParams, SpeculationConfig, TokenTree
 from thornback.engine import TorchEngine, generate
 
@@ -16,10 +15,19 @@ VOCABULARY = 64
 
 
 def tree_of(paths: list[list[int]]) -> TokenTree:
-    arrays = [
-        (np.asarray(p, np.int32), np.arange(len(p), dtype=np.int32) - 1, np.ones(len(p), np.float32)) for p in paths
-    ]
-    return TokenTree(*fuse(arrays))
+    """A trie of paths, each of the same weight."""
+    known: dict[tuple[int, int], int] = {}
+    counts: list[int] = []
+    for path in paths:
+        node = -1
+        for token in path:
+            if (node, token) not in known:
+                known[node, token] = len(counts)
+                counts.append(0)
+            node = known[node, token]
+            counts[node] += 1
+    tokens, parents = [t for _, t in known], [p for p, _ in known]
+    return TokenTree(np.array(tokens, np.int32), np.array(parents, np.int32), np.array(counts, np.float32))
 
 
 class Oracle:
