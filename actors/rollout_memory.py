@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 
-from thornback.contracts import RolloutBatch, TokenTree
+from thornback.contracts import RolloutBatch, TokenTree, offsets_of
 from thornback.data import Datastore, read_table, write_table
 
 WAIT_SECONDS = 60.0  # for a thread that sorts a few thousand tokens, on however busy a machine
@@ -47,7 +48,7 @@ class RolloutMemory:
     def save(self, location: str) -> None:
         """Write everything to a Parquet file with one list of `token_ids` a row, which `load` reads, and `thornback
         datastore build` too."""
-        offsets = np.cumsum([0, *map(len, self._documents)])
+        offsets = offsets_of([len(document) for document in self._documents])
         values = np.concatenate([np.empty(0, np.int32), *self._documents])
         write_table(pa.table({"token_ids": pa.LargeListArray.from_arrays(offsets, values)}), location)
 
@@ -79,5 +80,6 @@ class RolloutMemory:
 def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
     """The lists of a column, each int32."""
     lists = column.combine_chunks()
-    ends = np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False))
-    return np.split(lists.flatten().to_numpy().astype(np.int32, copy=False), ends[:-1])
+    values = lists.flatten().to_numpy().astype(np.int32, copy=False)
+    offsets = offsets_of(lists.value_lengths().to_numpy(zero_copy_only=False))
+    return [values[start:end] for start, end in pairwise(offsets.tolist())]

@@ -58,6 +58,26 @@ def test_later_epochs_are_guessed_from_earlier_ones(undisturbed):
 
 
 @pytest.mark.full
+def test_guesses_start_from_the_reference_rollouts(ray_cluster, tiny_model, tmp_path):
+    anchors = {"num_rollouts": 3, "drop_solved": False, "drop_unsolved": False}
+
+    def run(directory, **more):
+        values = speculating(tiny_model("qwen3"), directory, anchors={**anchors, **more})
+        values["run"]["steps"] = 1
+        trainer(values).train()
+        messages = [e["message"] for e in events(directory) if e["kind"] == "speculation"]
+        return comparable(directory)[0]["rollout/accepted_share"], messages
+
+    with_some, (message,) = run(tmp_path / "with")
+    assert len(read_rollouts(str(tmp_path / "with" / "reference_rollouts"))) == 3 * 12
+    assert "are guessed from" in message
+    assert message.endswith("/with/reference_rollouts")
+    without, (message,) = run(tmp_path / "without", path=str(tmp_path / "with" / "anchors.parquet"))
+    assert "nothing at first" in message
+    assert with_some > without
+
+
+@pytest.mark.full
 def test_actors_that_are_killed_change_nothing(ray_cluster, undisturbed, tiny_model, tmp_path):
     """A new worker recalls what the lost one had seen; after a lost learner, workers forget the steps taken back."""
     thread = killer(tmp_path, [(5, "rollout worker"), (7, "learner rank")])
