@@ -21,6 +21,7 @@ from thornback.contracts import (
     SamplingParams,
     anchors_to_arrow,
 )
+from thornback.data import write_rollouts
 
 
 class AnchorSamplerCore:
@@ -41,13 +42,17 @@ class AnchorSamplerCore:
         prompts: tuple[Prompt, ...],
         sampling: SamplingParams,
         keep_trajectory: bool = False,
+        location: str | None = None,
     ) -> tuple[pa.Table, GenerationReport]:
         """The anchors of a shard's prompts from `sampling.n` rollouts each, as rows of the anchors' file.
 
         `keep_trajectory`: keep each prompt's first right answer, with its log-probabilities under this model.
+        `location`: write the rollouts there, as Parquet.
         """
         batch, report = self._worker.generate(shard, sampling, 0)
         table = self._judge.score(batch, prompts)
+        if location is not None:
+            write_rollouts(batch.with_scores(table.rewards, table.correct), location)
         anchors = anchors_of(shard.keys, table, sampling.n)
         if keep_trajectory:
             anchors = [with_trajectory(a, i * sampling.n, batch, table) for i, a in enumerate(anchors)]

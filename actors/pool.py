@@ -44,8 +44,8 @@ class ActorPool:
     """`size` actors of one role, made by `spawn(number)`, each made ready by its method `setup() -> Home`.
 
     An actor that dies, or does not answer within `timeout` seconds, is replaced; `catch_up(actor)` submits the
-    call that brings a replacement to the others' state (the current weights), or returns None. An error that an
-    actor raises ends the work: it would be raised again.
+    calls that bring a replacement to the others' state (the current weights). An error that an actor raises ends the
+    work: it would be raised again.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ActorPool:
         *,
         timeout: float,
         restarts: Restarts,
-        catch_up: Callable[[ActorHandle], ObjectRef | None] = lambda actor: None,
+        catch_up: Callable[[ActorHandle], Sequence[ObjectRef]] = lambda actor: (),
     ) -> None:
         self.role = role
         self.timeout = timeout
@@ -169,8 +169,7 @@ class ActorPool:
         slot.actor = self._spawn(slot.number)
         slot.setup = slot.actor.setup.remote()
         self._finish_setup(slot)
-        caught_up = self._catch_up(slot.actor)
-        if caught_up is not None:
+        for caught_up in self._catch_up(slot.actor):
             self._await(slot, caught_up, "catching up")
         seconds = time.monotonic() - started
         self._restarts.on_event("actor_restarted", f"{self._name(slot)} takes over after {seconds:.1f} s")

@@ -12,6 +12,7 @@ import ray
 
 from thornback.actors.engines import make_engine
 from thornback.actors.locations import local_model
+from thornback.actors.rollout_memory import RolloutMemory
 from thornback.actors.specs import RolloutSpec
 from thornback.actors.supervision import Home, use_threads
 from thornback.contracts import (
@@ -20,12 +21,16 @@ from thornback.contracts import (
     Request,
     RolloutBatch,
     SamplingParams,
+    SpeculationStats,
     TensorSpec,
     ThornbackError,
     WeightView,
     offsets_of,
 )
-from thornback.engine import Sample, generate
+from thornback.data import PromptLookup
+from thornback.engine import Sample, TorchEngine, generate
+
+Costs = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +52,12 @@ class PromptShard:
 
 @dataclass(frozen=True, slots=True)
 class GenerationReport:
-    """What the driver needs to know of a shard's rollouts: tokens drawn, and seconds that it took."""
+    """What the driver needs to know of a shard's rollouts: tokens drawn, seconds that it took, and what was speculated
+    (None: nothing ever is)."""
 
     num_tokens: int
     seconds: float
+    speculation: SpeculationStats | None = None
 
 
 class RolloutWorkerCore:
@@ -63,7 +70,9 @@ class RolloutWorkerCore:
         """Load the engine; here and not in the constructor, so that what it raises reaches the driver as it is."""
         threads = use_threads(self.spec.num_threads)
         config = replace(self.spec.engine_config, num_threads=threads)
-        self.engine = make_engine(self.spec.engine, local_model(self.spec.model), config)
+        self.memory = RolloutMemory(self.spec.memory_tokens)
+        retrievers = (PromptLookup(), self.memory) if config.speculation else ()
+        self.engine = make_engine(self.spec.engine, local_model(self.spec.model), config, retrievers)
         self.version = 0
         gc.freeze()  # what is loaded by now stays: going through it at every collection costs 5% of a rollout
         return Home.here()
@@ -81,6 +90,8 @@ class RolloutWorkerCore:
         # What is cached depends on what ran before, and cached or not differs in the last bits: a shard's rollouts
         # shall be a function of the weights and the shard alone.
         self.engine.flush_prefix_cache()
+        self.memory.wait()
+        before = self.engine.load().speculation
         trajectories = shard.trajectories or (None,) * len(shard)
         requests = [
             Request(str(i), shard.token_ids[i], replace(sampling, seed=shard.seeds[i], n=n))
@@ -94,12 +105,40 @@ class RolloutWorkerCore:
         ]
         batch = make_batch(shard, groups)
         num_tokens = int((batch.versions != CACHED_VERSION).sum())
-        return batch, GenerationReport(num_tokens, time.perf_counter() - started)
+        after = self.engine.load().speculation
+        drafted = after.since(before) if after is not None and before is not None else None
+        return batch, GenerationReport(num_tokens, time.perf_counter() - started, drafted)
 
     def load_weights(self, buffer: np.ndarray, index: tuple[TensorSpec, ...], version: int) -> None:
         """Map published weights: on CPU the parameters become views of `buffer`, which is mapped, not copied."""
         self.engine.load_weights(WeightView(buffer, index), version)
         self.version = version
+
+    # What guesses come from
+
+    def costs(self) -> Costs:
+        """What passes of this worker's engine cost, as (tokens, seconds)."""
+        assert isinstance(self.engine, TorchEngine), "the configuration lets no other engine speculate"
+        return self.engine.speculation.costs
+
+    def recall(self, costs: Costs, location: str | None, *batches: RolloutBatch) -> None:
+        """Guess, from now on, as the other workers do: by these costs, and from the rollouts that `location` holds
+        and those of `batches`, instead of what was remembered before."""
+        assert isinstance(self.engine, TorchEngine), "the configuration lets no other engine speculate"
+        self.engine.speculation.fix_costs(costs)
+        self.memory.clear()
+        if location is not None:
+            self.memory.load(location)
+        self.remember(*batches)
+
+    def remember(self, *batches: RolloutBatch) -> None:
+        """Guess from these rollouts too; they are sorted while other work goes on."""
+        for batch in batches:
+            self.memory.remember(batch)
+
+    def save_memory(self, location: str) -> None:
+        """Write what `recall` reads."""
+        self.memory.save(location)
 
 
 def cached_sample(token_ids: np.ndarray, logprobs: np.ndarray) -> Sample:

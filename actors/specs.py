@@ -11,12 +11,14 @@ from thornback.contracts import EngineConfig
 
 @dataclass(frozen=True, slots=True)
 class RolloutSpec:
-    """What a rollout worker is made of. `num_threads` None: every core of its node."""
+    """What a rollout worker is made of. `num_threads` None: every core of its node. `memory_tokens`: so many tokens of
+    rollouts, at most, are remembered to speculate from, where `engine_config.speculation` says to."""
 
     model: str
     engine: str = "torch"
     engine_config: EngineConfig = field(default_factory=EngineConfig)
     num_threads: int | None = None
+    memory_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from benchmarks import real_text
 from benchmarks.models import cores
+from thornback.contracts import EngineConfig, Request, SamplingParams
+from thornback.data import Datastore, read_documents, tokenizer_fingerprint
+from thornback.engine import TorchEngine, generate
+from thornback.train.cluster import cluster
+from thornback.train.drafts import DraftConfig, train_draft
 
 SHAPE = {
     "hidden_size": 256,
@@ -25,6 +32,8 @@ SHAPE = {
     "max_position_embeddings": 1024,
 }
 STEPS, BATCH, LEARNING_RATE = 1300, 8, 3e-3
+PROMPTS, NEW_TOKENS = 600, 128  # of each task, to which the target answers; its answers' tokens
+DRAFT_STEPS = 1500
 _OFTEN = {"qa": 4}  # epochs of a task beside one of the others
 
 
@@ -78,5 +87,49 @@ def _train(examples: Sequence[tuple[tuple[int, ...], int]], path: Path) -> None:
     shutil.rmtree(start)
 
 
+def said(say: Callable[[str], None] = print) -> Path:
+    """What the target says to prompts that are not held out, as rollouts (Parquet): what the draft learns from, and,
+    beside the text itself, what the datastore holds."""
+    path = directory() / "said.parquet"
+    if not path.is_file():
+        model, rows = target(say), []
+        engine = TorchEngine(str(model), EngineConfig(num_threads=cores(), max_num_seqs=64))
+        for task in real_text.TASKS:
+            prompts = [e.prompt for e in real_text.examples(task, False)[:PROMPTS]]
+            say(f"{task}: the target answers {len(prompts)} prompts, once")
+            requests = [
+                Request(str(i), prompt, SamplingParams(max_tokens=NEW_TOKENS, temperature=0.7 * (i % 2), seed=i))
+                for i, prompt in enumerate(prompts)
+            ]
+            for key, (sample,) in generate(engine, requests).items():
+                rows.append({"prompt_ids": prompts[int(key)], "response_ids": sample.token_ids.tolist()})
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def draft(say: Callable[[str], None] = print) -> Path:
+    """The draft head, trained on what the target says."""
+    path = directory() / "draft"
+    if not path.is_dir():
+        sources, model = [str(said(say))], str(target(say))
+        config = DraftConfig(max_tokens=0, steps=DRAFT_STEPS, batch_size=8)
+        with cluster(None):
+            train_draft(model, path, sources, config, num_threads=cores(), say=say)
+    return path
+
+
+def datastore(say: Callable[[str], None] = print) -> Path:
+    """The text that is not held out, and what the target says to its prompts, as one datastore."""
+    path = directory() / "store.arrow"
+    if not path.is_file():
+        say("building the datastore, once")
+        answers = read_documents([str(said(say))], real_text.tokenizer()).checked()
+        texts = [(*e.prompt, *e.answer) for task in real_text.TASKS for e in real_text.examples(task, False)]
+        store = Datastore.build([*texts, *answers], real_text.VOCABULARY, tokenizer_fingerprint(target(say)))
+        store.save(str(path))
+    return path
+
+
 if __name__ == "__main__":
-    target()
+    draft()
+    datastore()

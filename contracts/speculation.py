@@ -52,7 +52,8 @@ class SpeculationConfig:
 
     `costs`: what passes take, as (tokens, seconds), ascending. They are measured at an engine's start, and rates go on
     being measured, unless they are given here: then a sequence's trees are a function of what was generated and
-    retrieved alone, which makes runs repeatable to the last bit.
+    retrieved alone, which makes runs repeatable to the last bit. `max_sequences`: guess only while no more sequences
+    run than that; None: however many.
     """
 
     num_nodes: int = 32
@@ -62,6 +63,7 @@ class SpeculationConfig:
     draft_depth: int = 6
     draft_top_k: int = 8
     costs: tuple[tuple[int, float], ...] = ()
+    max_sequences: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_nodes <= 63:
@@ -83,3 +85,14 @@ class SpeculationStats:
     num_accepted_tokens: int
     num_failures: int
     per_position: tuple[int, ...]
+
+    def since(self, earlier: SpeculationStats) -> SpeculationStats:
+        """What came after `earlier`."""
+        pairs = zip(self.per_position, earlier.per_position, strict=True)
+        return SpeculationStats(
+            self.num_drafts - earlier.num_drafts,
+            self.num_draft_tokens - earlier.num_draft_tokens,
+            self.num_accepted_tokens - earlier.num_accepted_tokens,
+            self.num_failures - earlier.num_failures,
+            tuple(now - before for now, before in pairs),
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -91,11 +91,22 @@ class Speculation:
         if self._config is None or not self._config.adaptive:
             return
         if self._config.costs:
-            sizes, seconds = zip(*self._config.costs, strict=True)
-            self._sizes, self._seconds = np.array(sizes), np.array(seconds)
+            self.fix_costs(self._config.costs)
             return
         self._sizes = np.array([n for n in _SIZES if n <= max(2, max_tokens)])
         self._seconds = np.array([min(_timed(run, int(n)) for _ in range(4)) for n in self._sizes])
+
+    @property
+    def costs(self) -> tuple[tuple[int, float], ...]:
+        """What passes cost, as (tokens, seconds): given or measured. Empty where nobody asks for it."""
+        return tuple((int(n), float(seconds)) for n, seconds in zip(self._sizes, self._seconds, strict=True))
+
+    def fix_costs(self, costs: tuple[tuple[int, float], ...]) -> None:
+        """From now on passes cost this, whatever they take: see `SpeculationConfig.costs`."""
+        if self._config is not None:
+            self._config = replace(self._config, costs=costs)
+            self._sizes, self._seconds = np.asarray(costs, np.float64).T
+            self._loads.clear()
 
     def propose(self, sequences: list[Sequence]) -> None:
         """Give each sequence whose next pass draws one token the tree to be verified in it, if that is worth it."""
@@ -103,6 +114,9 @@ class Speculation:
             return
         for seq in sequences:
             seq.draft = None  # one that found no room in its pass is old by now
+        self._load = None
+        if self._config.max_sequences is not None and len(sequences) > self._config.max_sequences:
+            return
         # A grammar allows after each node what only it knows: such sequences go on token by token.
         able = [s for s in sequences if s.grammar is None and s.speculates]
         eligible = [s for s in able if len(s.token_ids) - s.num_computed_tokens == 1]

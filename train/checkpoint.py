@@ -18,7 +18,7 @@ MANIFEST = "state.json"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A run after `step` steps. `location` holds the learner's files, `state` is the rest."""
+    """A run after `step` steps. `location` holds the actors' files, `state` is the rest."""
 
     step: int
     location: str
@@ -32,8 +32,8 @@ class Checkpoints:
         self._run = run
         self._keep = keep
 
-    def save(self, step: int, state: dict[str, Any], write: Callable[[str], None]) -> None:
-        """Make the checkpoint of `step`: `write(location)` puts the learner's files into a directory.
+    def save(self, step: int, state: dict[str, Any], write: Callable[[str], None]) -> str:
+        """Make the checkpoint of `step`: `write(location)` puts its files into a directory. Returns its location.
 
         The manifest, written last, names every file with its size: where a filesystem's move is a copy, a
         checkpoint that was cut short is known by it.
@@ -49,6 +49,7 @@ class Checkpoints:
         run.filesystem.move(temporary, run.path("checkpoints", f"step-{step}"))
         for old in self._steps()[: -self._keep]:
             run.remove("checkpoints", f"step-{old}")
+        return run.at("checkpoints", f"step-{step}")
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint. Raises `DataError` if there are some, but none is whole."""

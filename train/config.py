@@ -73,6 +73,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"algorithm.estimator: {self.algorithm.estimator} needs reference anchors; add an `anchors:` section"
             )
+        if self.rollout.speculate != "off" and self.rollout.engine != "torch":
+            raise ValueError(
+                f"rollout.speculate: the engine {self.rollout.engine} does not speculate; take rollout.engine=torch, "
+                "or set rollout.speculate=off"
+            )
         if self.rollout.engine == "torch":
             known = [f.name for f in fields(EngineConfig) if f.name != "speculation"]  # needs retrievers
             for name in self.rollout.engine_options:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from ray.actor import ActorHandle
 
 from thornback.actors import (
     ActorPool,
+    GenerationReport,
     LearnerGroup,
     LearnerSpec,
     OptimizerSpec,
@@ -28,8 +30,10 @@ from thornback.actors import (
     actor_options,
 )
 from thornback.contracts import EngineConfig, RewardScorer, SamplingParams
+from thornback.train.checkpoint import Checkpoint
 from thornback.train.config import RunConfig
 from thornback.train.prompts import PromptBatch
+from thornback.train.speculation import RolloutSpeculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,26 @@ class Rollouts:
 
     pieces: tuple[PromptBatch, ...]
     batches: tuple[ObjectRef, ...]
-    num_tokens: int
+    reports: tuple[GenerationReport, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(report.num_tokens for report in self.reports)
+
+    @property
+    def speculation(self) -> dict[str, float]:
+        """What was guessed, under the keys of metrics.jsonl; nothing where nothing ever is."""
+        counts = [report.speculation for report in self.reports if report.speculation is not None]
+        if not counts:
+            return {}
+        drafts, accepted = sum(c.num_drafts for c in counts), sum(c.num_accepted_tokens for c in counts)
+        return {
+            "rollout/drafts": drafts,
+            "rollout/draft_tokens": sum(c.num_draft_tokens for c in counts),
+            "rollout/failed_drafts": sum(c.num_failures for c in counts),
+            "rollout/accepted_per_draft": accepted / drafts if drafts else math.nan,
+            "rollout/accepted_share": accepted / max(self.num_tokens, 1),
+        }
 
 
 class Crew:
@@ -51,10 +74,14 @@ class Crew:
         make_scorer: Callable[[], RewardScorer],
         restarts: Restarts,
         with_learner: bool = True,
+        speculation: RolloutSpeculation | None = None,
     ) -> None:
         self.config = config
+        self.speculation = speculation
         self._published: PublishedWeights | None = None
         rollout_spec, timeout = rollout_spec_of(config, model), config.run.timeout_seconds
+        if speculation is not None:
+            rollout_spec = speculation.spec(rollout_spec)
         rollout, scoring = config.rollout, config.scoring
         worker_class = RolloutWorker.options(**actor_options(rollout.num_cpus, rollout.num_gpus))
         judge_class = RewardModel.options(**actor_options(scoring.num_cpus))
@@ -64,7 +91,7 @@ class Crew:
             rollout.num_workers,
             timeout=timeout,
             restarts=restarts,
-            catch_up=self._load_latest,
+            catch_up=self._catch_up,
         )
         self.judges = ActorPool(
             "reward model",
@@ -101,7 +128,29 @@ class Crew:
         pieces = tuple(prompts.split(len(self.workers)))
         calls = [(piece.shard, sampling, version) for piece in pieces]
         done = self.workers.map("generate", calls, f"generating rollouts of {doing}")
-        return Rollouts(pieces, tuple(ref for ref, _ in done), sum(report.num_tokens for _, report in done))
+        return Rollouts(pieces, tuple(ref for ref, _ in done), tuple(report for _, report in done))
+
+    def remember(self, rollouts: Rollouts, doing: str) -> None:
+        """Where rollouts are guessed: guess later ones from these too. Workers sort them while others work."""
+        if self.speculation is not None:
+            self.speculation.remember(self.workers, rollouts.batches, doing)
+
+    def recall(self, checkpoint: Checkpoint | None) -> None:
+        """Where rollouts are guessed: guess from what a checkpoint holds, or from what the run begins with."""
+        if self.speculation is not None:
+            self.speculation.resume(self.workers, checkpoint)
+
+    def save(self, location: str) -> None:
+        """Write the actors' part of a checkpoint into the directory `location`."""
+        assert self.learner is not None
+        self.learner.save(location)
+        if self.speculation is not None:
+            self.speculation.save(self.workers, location)
+
+    def rely_on(self, location: str) -> None:
+        """A checkpoint is whole, and will be there until the next one is."""
+        if self.speculation is not None:
+            self.speculation.rely_on(location)
 
     def score(self, rollouts: Rollouts, doing: str, with_texts: bool = False) -> RewardTable:
         """Judge rollouts; only the table comes here."""
@@ -130,14 +179,19 @@ class Crew:
         assert self._published is not None
         return self._published
 
-    def _load_latest(self, worker: ActorHandle) -> ObjectRef | None:
+    def _catch_up(self, worker: ActorHandle) -> list[ObjectRef]:
+        """Bring a new worker to where the others are."""
+        recalled = [] if self.speculation is None else self.speculation.catch_up(worker)
+        return [*recalled, *self._load_latest(worker)]
+
+    def _load_latest(self, worker: ActorHandle) -> list[ObjectRef]:
         """Bring a new worker to the current version, which the store may have lost with its own death."""
         if self._published is None:
-            return None
+            return []
         weights = self.store.map("latest", [()], "looking up the latest weights")[0]
         if weights is None or weights.version != self._published.version:
             weights = self._publish(self._published.version)
-        return worker.load_weights.remote(weights.buffer, weights.index, weights.version)
+        return [worker.load_weights.remote(weights.buffer, weights.index, weights.version)]
 
     def shutdown(self) -> None:
         """End every actor."""

@@ -100,6 +100,7 @@ class Loop:
             rollouts = crew.generate(prompts, self.sampling, version=step, doing=doing)
         with clock.phase("reward"):
             table = crew.score(rollouts, doing)
+        crew.remember(rollouts, doing)
         with clock.phase("advantage"):
             advantages = self.objective.advantages(table, self.sampling.n, prompts.shard.keys, self.anchors)
         with clock.phase("update"):
@@ -130,6 +131,7 @@ class Loop:
             self.run.event("resumed", f"going on after step {step}, from {checkpoint.location}")
         elif self.run.metrics.read():
             self.run.event("resumed", "starting again from the beginning, since there is no checkpoint yet")
+        self.crew.recall(checkpoint)
         self.run.rewind(step)
         self.clock.take()
         self.crew.publish(version=step)
@@ -161,7 +163,7 @@ class Loop:
     def sizes(self, table: RewardTable, report: UpdateReport, rollouts: Rollouts) -> dict[str, float]:
         if report.num_skipped:
             self.run.event("update_skipped", f"{report.num_skipped} updates had a gradient that is not finite")
-        return {"num_rollouts": len(table.lengths), "tokens": rollouts.num_tokens}
+        return {"num_rollouts": len(table.lengths), "tokens": rollouts.num_tokens, **rollouts.speculation}
 
     def record(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
         """One row of metrics.jsonl; what is not a number is left out. Evaluation and checkpoint of the steps before
@@ -174,7 +176,7 @@ class Loop:
 
     def save(self, step: int) -> None:
         """A checkpoint after `step` steps."""
-        assert self.crew.learner is not None
         with self.clock.phase("checkpoint"):
             self.run.flush()
-            self.checkpoints.save(step, {"anchors": self.anchors_file}, self.crew.learner.save)
+            location = self.checkpoints.save(step, {"anchors": self.anchors_file}, self.crew.save)
+            self.crew.rely_on(location)

@@ -28,6 +28,7 @@ from thornback.train.crew import Crew, rollout_spec_of, sampling_of
 from thornback.train.prompts import PromptBatch, TokenizedPrompt, make_prompt_batch, seed_of
 from thornback.train.run_directory import RunDirectory
 from thornback.train.session import Session
+from thornback.train.speculation import REFERENCE
 
 ANCHORS_FILE = "anchors.parquet"
 PROMPTS_PER_CALL = 64  # a lost call costs its prompts' rollouts, and a call's rollouts fill an engine's batch
@@ -88,13 +89,20 @@ class Presampler:
         )
         try:
             pool.wait_ready()
+            sampling = replace(sampling_of(self.config), n=num_rollouts)
+            batches = anchor_batches(self.config, prompts, "larger" if keep_trajectory else "reference")
+            keep = rollout.speculate == "rasd" and not keep_trajectory
             calls = [
-                (batch.shard, batch.prompts, replace(sampling_of(self.config), n=num_rollouts), keep_trajectory)
-                for batch in anchor_batches(self.config, prompts, "larger" if keep_trajectory else "reference")
+                (batch.shard, batch.prompts, sampling, keep_trajectory, self._reference(number) if keep else None)
+                for number, batch in enumerate(batches)
             ]
             return [ref for ref, _ in pool.map("sample", calls, f"sampling anchors with {model}")]
         finally:
             pool.shutdown()
+
+    def _reference(self, number: int) -> str:
+        """Where the rollouts of a call are kept for the training's rollouts to be guessed from."""
+        return self.run.at(REFERENCE, f"part-{number:05d}.parquet")
 
 
 def anchors_for(session: Session) -> dict[str, Anchor]:
@@ -128,7 +136,9 @@ def refreshed_anchors(
     found: dict[str, Anchor] = {}
     for batch in anchor_batches(session.config, prompts, f"step {step}"):
         doing = f"the anchors after step {step}"
-        table = crew.score(crew.generate(batch, sampling, step, doing), doing)
+        rollouts = crew.generate(batch, sampling, step, doing)
+        table = crew.score(rollouts, doing)
+        crew.remember(rollouts, doing)
         for anchor in anchors_of(batch.shard.keys, table, sampling.n):
             old = before[anchor.prompt_key]
             found[anchor.prompt_key] = replace(

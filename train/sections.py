@@ -120,6 +120,17 @@ class RewardSection(Section):
     """The lowest and the highest value. None: as the reward says, or [0, 1]."""
 
 
+class RasdConstants(Section):
+    """RASD: rollouts are guessed from the reference rollouts and earlier epochs' (docs/speculation.md)."""
+
+    num_nodes: Annotated[int, Field(ge=1, le=63)] = 16
+    """Tokens, at most, that a pass verifies for a rollout besides its next one."""
+    max_sequences: PositiveInt = 8
+    """Guess while a worker has no more unfinished rollouts than that: more of them fill its passes anyway."""
+    max_tokens: PositiveInt = 1 << 22
+    """Tokens of rollouts that a worker remembers; beyond that it forgets the older half."""
+
+
 class RolloutSection(Section):
     """Generation."""
 
@@ -149,6 +160,10 @@ class RolloutSection(Section):
     """Keep tokens above this share of the likeliest; above 0 needs `allow_truncation`."""
     allow_truncation: bool = False
     """Accept that truncated sampling draws from another distribution than the one that is trained."""
+    speculate: Literal["off", "rasd"] = "off"
+    """rasd: verify guesses from earlier rollouts of the same prompts, which gives the same tokens in fewer passes."""
+    rasd: RasdConstants = RasdConstants()
+    """Constants of rasd."""
 
 
 class ScoringSection(Section):

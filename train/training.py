@@ -18,6 +18,7 @@ from thornback.train.progress import ProgressBar
 from thornback.train.prompts import PromptSource
 from thornback.train.run_directory import RunDirectory
 from thornback.train.session import Session, open_run
+from thornback.train.speculation import RolloutSpeculation
 from thornback.train.tensorboard import TensorBoard
 
 
@@ -42,7 +43,8 @@ def train_in(session: Session, objective: Objective) -> int:
     config, run = session.config, session.run
     anchors = anchors_for(session) if config.anchors is not None else None
     prompts = session.train_prompts if anchors is None else worth_training(session.train_prompts, anchors, config)
-    crew = Crew(config, session.model, session.problem.make_scorer, session.restarts)
+    speculation = RolloutSpeculation(config, run) if config.rollout.speculate == "rasd" else None
+    crew = Crew(config, session.model, session.problem.make_scorer, session.restarts, speculation=speculation)
     try:
         loop = Loop(
             config=config,

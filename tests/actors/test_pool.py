@@ -76,7 +76,7 @@ def pool(shared_pool, events):
     """Two workers, whose replacements are brought to state 5."""
     shared_pool.timeout = 60.0
     shared_pool._restarts = Restarts(5, lambda kind, message: events.append((kind, message)))
-    shared_pool._catch_up = lambda actor: actor.load.remote(5)
+    shared_pool._catch_up = lambda actor: [actor.load.remote(5)]
     shared_pool.broadcast("load", (5,), "loading")
     events.clear()
     return shared_pool

@@ -42,6 +42,7 @@ def metrics_row(step, total, rng):
             "truncated_fraction": 0.0,
         },
         **{"tokens": 3600, "tokens_per_second": 4000 + rng.normal(0, 200), "step_seconds": 0.9, "num_rollouts": 128},
+        **{"rollout/accepted_share": 0.6 * share},
         **{"phase/rollout": 0.45 + rng.normal(0, 0.02), "phase/reward": 0.02, "phase/advantage": 0.004},
         **{"phase/update": 0.33, "phase/sync": 0.03, "phase/evaluate": 2.0 if step % 50 == 0 else 0.0},
     }
@@ -132,7 +133,7 @@ def test_draws_everything_that_the_run_recorded_on_one_page_that_loads_nothing(r
     assert set(re.findall(r"url\(([^)]*)\)", html)) <= {f"#{i}" for i in re.findall(r'id="([^"]*)"', html)}
     assert page.figures == [
         *("Accuracy", "Rewards", "Effective weights", "Advantages", "Response length"),
-        *("Entropy", "Distance from the reference", "Sampler against trainer", "Time", "Throughput"),
+        *("Entropy", "Distance from the reference", "Sampler against trainer", "Time", "Throughput", "Guessed tokens"),
     ]
     for words in (
         "31.0\u202f%",

@@ -149,6 +149,12 @@ def throughput(run: RunRecord) -> Plot | None:
     return _plot("Throughput", "Response tokens a second, whole step.", [line], _thousands)
 
 
+def guesses(run: RunRecord) -> Plot | None:
+    line = Line("", *run.series("rollout/accepted_share"), smooth=True)
+    caption = "Share of the rollouts' tokens that were guessed from earlier rollouts, and right."
+    return _plot("Guessed tokens", caption, [line], _percent)
+
+
 def phases(run: RunRecord) -> Plot | None:
     """Seconds of each phase of each step, stacked."""
     steps = [row["step"] for row in run.metrics]
@@ -172,7 +178,7 @@ def phases(run: RunRecord) -> Plot | None:
 
 DRAWINGS: tuple[Callable[[RunRecord], Plot | None], ...] = (
     *(accuracy, rewards, effective_weights, advantages, response_length),
-    *(entropy, kl, mismatch, phases, throughput),
+    *(entropy, kl, mismatch, phases, throughput, guesses),
 )
 
 
