@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 
@@ -51,6 +52,7 @@ class Drafter:
         self.head = load_draft_head(config.draft, target, pool.shape[1] - 1)
         self._program = DecoderProgram.of(self.head, pool, max_model_len, keep_hidden=True)
         self._size = self.head.config.hidden_size
+        self._seconds: dict[int, float] = {}  # of a level, by the number of sequences in powers of two
 
     def refresh(self) -> None:
         """The target's weights have changed: so must copies of those that the head borrows."""
@@ -78,6 +80,7 @@ class Drafter:
         growth, pass_of = Growth(len(able), width, depth), LevelPass(self._pool, able, width)
         growth.add(tokens, chances)
         for number in range(1, depth):
+            started = time.perf_counter()
             level = growth.expand()
             if level.promise.sum() < least_promise:
                 break
@@ -85,11 +88,20 @@ class Drafter:
             hidden = hidden[torch.from_numpy(level.rows).to(hidden.device)]
             logits, hidden = self._run(torch.from_numpy(level.tokens).to(hidden.device), hidden, None, paged)
             growth.add(*self._likeliest(logits, scale)[:2])
+            self._took(len(able), time.perf_counter() - started)
         for seq in able:
             self._blocks.trim(seq, len(seq.token_ids))
         parts = zip(growth.trees(), scores.float().cpu().numpy(), scales, norm.tolist(), least.tolist(), strict=True)
         found = dict(zip(able, (Drafted(*part) for part in parts), strict=True))
         return [found.get(s) for s in sequences]
+
+    def _took(self, num_sequences: int, seconds: float) -> None:
+        before = self._seconds.get(num_sequences.bit_length(), seconds)
+        self._seconds[num_sequences.bit_length()] = before + 0.1 * (seconds - before)
+
+    def level_seconds(self, num_sequences: int) -> float:
+        """What a level of so many trees takes, as of late; 0 before the first."""
+        return self._seconds.get(num_sequences.bit_length(), 0.0)
 
     def _likeliest(self, logits: Tensor, scale: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The likeliest tokens of each row, their probabilities, and the logarithms of the rows' denominators."""

@@ -19,6 +19,9 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens of the passes that are tim
 _MEMORY = 0.95  # what an earlier pass weighs in a rate
 _LIKELY, _SURE = 0.05, 0.999  # retrieved branches that likely stay, whatever their rank; no chance is above
 _RUN, _PERIOD = 8, 256  # so many passes in a row try the other way, once in so many
+_TRIALS, _TRY_AGAIN = 4, 48  # so many passes with and without a draft before they are compared; one in so many tries
+_PROMISES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of accepted tokens a sequence, between which passes are compared
+_LEAST_PROMISE = 0.05  # accepted tokens a sequence for which a draft looks deeper, where its costs are not measured
 
 
 @dataclass(slots=True)
@@ -37,6 +40,12 @@ class _Load:
         self.drafts = self._always = always
         self._tokens, self._seconds = [0.0, 0.0], [0.0, 0.0]  # without and with guessing
         self._passes = self._since_change = 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second, of passes as they go now."""
+        way = int(self.drafts)
+        return self._tokens[way] / self._seconds[way] if self._seconds[way] else 0.0
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """A pass gave so many tokens in so many seconds; choose the way of the next one."""
@@ -57,6 +66,39 @@ class _Load:
                 self.drafts, self._since_change = bool(better), 0
 
 
+class _Worth:
+    """Whether the draft head is worth its time beside what was retrieved: by the tokens and seconds of passes with and
+    without it, where retrieval promised about as much."""
+
+    def __init__(self) -> None:
+        self._tokens, self._seconds, self._passes = [0.0, 0.0], [0.0, 0.0], [0, 0]
+        self.drafted = False
+
+    def choose(self, rate: float) -> bool:
+        """Whether to draft, where so many tokens a second come anyway."""
+        few = [way for way in (True, False) if self._passes[way] < _TRIALS]
+        if few:
+            self.drafted = few[0]
+        else:
+            gain, cost = (
+                self._mean(values, True) - self._mean(values, False) for values in (self._tokens, self._seconds)
+            )
+            self.drafted = (gain > cost * rate) != (sum(self._passes) % _TRY_AGAIN == 0)
+        return self.drafted
+
+    def _mean(self, values: list[float], way: bool) -> float:
+        return values[way] / self._weight(way)
+
+    def _weight(self, way: bool) -> float:
+        return (1 - _MEMORY ** self._passes[way]) / (1 - _MEMORY)
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        way = self.drafted
+        self._tokens[way] = _MEMORY * self._tokens[way] + num_tokens
+        self._seconds[way] = _MEMORY * self._seconds[way] + seconds
+        self._passes[way] += 1
+
+
 class Speculation:
     """Gives the sequences that decode their drafts, and counts what vLLM's metrics count."""
 
@@ -74,6 +116,8 @@ class Speculation:
         self._sizes = self._seconds = np.empty(0)
         self._loads: dict[int, _Load] = {}  # by the number of sequences, in powers of two
         self._load: _Load | None = None
+        self._worths: dict[tuple[int, int], _Worth] = {}  # by that, and by what retrieval promises
+        self._worth: _Worth | None = None
         self._started = 0.0
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = self.num_failures = 0
         self._per_position = [0] * config.num_nodes if self._config and config else []
@@ -107,6 +151,7 @@ class Speculation:
             self._config = replace(self._config, costs=costs)
             self._sizes, self._seconds = np.asarray(costs, np.float64).T
             self._loads.clear()
+            self._worths.clear()
 
     def propose(self, sequences: list[Sequence]) -> None:
         """Give each sequence whose next pass draws one token the tree to be verified in it, if that is worth it."""
@@ -114,7 +159,7 @@ class Speculation:
             return
         for seq in sequences:
             seq.draft = None  # one that found no room in its pass is old by now
-        self._load = None
+        self._load = self._worth = None
         if self._config.max_sequences is not None and len(sequences) > self._config.max_sequences:
             return
         # A grammar allows after each node what only it knows: such sequences go on token by token.
@@ -138,9 +183,12 @@ class Speculation:
 
     def observe(self, num_tokens: int) -> None:
         """The pass that was proposed is over, and gave so many tokens."""
+        seconds = time.perf_counter() - self._started
         if self._load is not None:
-            self._load.observe(num_tokens, time.perf_counter() - self._started)
-            self._load = None
+            self._load.observe(num_tokens, seconds)
+            if self._worth is not None:
+                self._worth.observe(num_tokens, seconds)
+        self._load = self._worth = None
 
     def _choose(self, guesses: list[_Guess], num_sequences: int, num_tokens: int) -> None:
         """The best nodes of all guesses together: as many as make the pass give the most tokens a second."""
@@ -159,17 +207,42 @@ class Speculation:
                 guess.seq.draft = TokenTree(tokens, parents, guess.tree.weights[mine])
 
     def _guess_all(self, sequences: list[Sequence], config: SpeculationConfig) -> list[_Guess]:
-        able = [(seq, left) for seq in sequences if (left := self._left(seq)) > 1]
-        drafts = self._draft([seq for seq, _ in able])
-        guesses = (self._guess(seq, left, draft, config) for (seq, left), draft in zip(able, drafts, strict=True))
+        able = []
+        for seq in sequences:
+            if self._left(seq) > 1:
+                self._retrieve(seq, config)
+                if seq.speculates:
+                    able.append(seq)
+        guesses = [self._guess(seq, None, config) for seq in able]
+        if self._drafter is not None and able:
+            promise = sum(guess.chances.sum() for guess in guesses if guess is not None) / len(able)
+            if self._drafts(len(able), promise, config):
+                drafts = self._draft(able, self._least_promise(len(able), config))
+                guesses = [self._guess(seq, draft, config) for seq, draft in zip(able, drafts, strict=True)]
         return [guess for guess in guesses if guess is not None]
 
-    def _draft(self, sequences: list[Sequence]) -> Iterable[Drafted | None]:
+    def _drafts(self, num_sequences: int, promise: float, config: SpeculationConfig) -> bool:
+        """Whether to ask the draft head, where retrieval promises so many accepted tokens a sequence."""
+        if self._load is None or not config.adaptive or config.costs:
+            return True
+        key = (num_sequences.bit_length(), int(np.searchsorted(_PROMISES, promise)))
+        self._worth = self._worths.setdefault(key, _Worth())
+        return self._worth.choose(self._load.rate)
+
+    def _least_promise(self, num_sequences: int, config: SpeculationConfig) -> float:
+        """The accepted tokens in all that must be in sight for a draft to look a level deeper."""
+        assert self._drafter is not None
+        if not config.adaptive:
+            return 0.0
+        if self._load is None or config.costs:
+            return _LEAST_PROMISE * num_sequences
+        return self._drafter.level_seconds(num_sequences) * self._load.rate
+
+    def _draft(self, sequences: list[Sequence], least_promise: float) -> Iterable[Drafted | None]:
         """What the draft head says. If it fails, its sequences go on without guesses."""
-        if self._drafter is None or not sequences:
-            return [None] * len(sequences)
+        assert self._drafter is not None
         try:
-            return self._drafter.propose(sequences)
+            return self._drafter.propose(sequences, least_promise)
         except Exception as error:
             for seq in sequences:
                 self._give_up(seq, error)
@@ -185,10 +258,8 @@ class Speculation:
         """How many tokens may still be drawn."""
         return min(seq.request.sampling.max_tokens - seq.num_output_tokens, self._max_model_len - len(seq.token_ids))
 
-    def _guess(self, seq: Sequence, left: int, draft: Drafted | None, config: SpeculationConfig) -> _Guess | None:
+    def _guess(self, seq: Sequence, draft: Drafted | None, config: SpeculationConfig) -> _Guess | None:
         """What all sources say, as one tree."""
-        if seq.speculates:
-            self._retrieve(seq, config)
         if not seq.speculates:
             return None
         sources = [] if draft is None else [draft.tree]
@@ -205,7 +276,7 @@ class Speculation:
             return None
         columns = [np.concatenate(column) for column in zip(*sources, strict=True)]
         stops = np.cumsum([len(source[0]) for source in sources])
-        tokens, parents, likely = fuse(*columns, stops, config.num_nodes, left - 1)
+        tokens, parents, likely = fuse(*columns, stops, config.num_nodes, self._left(seq) - 1)
         return _Guess(seq, TokenTree(tokens, parents, likely), likely) if len(tokens) else None
 
     def _retrieve(self, seq: Sequence, config: SpeculationConfig) -> None:

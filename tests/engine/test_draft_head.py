@@ -168,11 +168,11 @@ def test_a_draft_that_fails_ends_the_guessing_only(tiny_model, head_for, fails_a
     engine = engine_of(model, head_for(model))
     propose, calls = engine.drafter.propose, []
 
-    def failing(sequences):
+    def failing(sequences, least_promise):
         calls.append(len(sequences))
         if len(calls) > fails_at:
             raise RuntimeError("the draft is gone")
-        return propose(sequences)
+        return propose(sequences, least_promise)
 
     engine.drafter.propose = failing
     fast = generate(engine, requests)
