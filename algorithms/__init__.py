@@ -5,7 +5,7 @@ from thornback.algorithms.alignment import align_runs, runs_of
 from thornback.algorithms.difficulty import fate
 from thornback.algorithms.growth import Growth, Level
 from thornback.algorithms.segments import SegmentAllocator
-from thornback.algorithms.speculation import Agreement, best_size
+from thornback.algorithms.speculation import Agreement, Belief, best_size
 from thornback.algorithms.trees import (
     agreement,
     ancestor_bits,
@@ -22,6 +22,7 @@ __all__ = [
     "ESTIMATORS",
     "Advantages",
     "Agreement",
+    "Belief",
     "GroupRewards",
     "Growth",
     "Level",

@@ -8,7 +8,7 @@ import numpy as np
 
 # How often a retrieved token is right before anything is known of a sequence, by how long the match was: so often
 # where that is not known, or short; with a long one, this much is left of the doubt. So many guesses that counts for.
-_PRIOR, _LONG, _DOUBT_LEFT, _TRUST = 0.55, 16, 0.15, 3.0
+_PRIOR, _LONG, _DOUBT_LEFT, _TRUST = 0.9, 16, 0.5, 3.0
 _MEMORY = 0.9  # what an earlier pass weighs beside the one after it
 
 
@@ -34,6 +34,23 @@ class Agreement:
         """A pass without a guess: what is known grows old, so that guessing is tried again some time."""
         self.right *= _MEMORY
         self.tried *= _MEMORY
+
+
+@dataclass(slots=True)
+class Belief:
+    """What became of what was promised to a sequence: accepted tokens, of those that its trees' chances came to."""
+
+    accepted: float = 0.0
+    promised: float = 0.0
+
+    @property
+    def factor(self) -> float:
+        """By which chances are believed."""
+        return (self.accepted + _TRUST) / (self.promised + _TRUST)
+
+    def learn(self, num_accepted: int, promised: float) -> None:
+        self.accepted = _MEMORY * self.accepted + num_accepted
+        self.promised = _MEMORY * self.promised + promised
 
 
 def best_size(likely: np.ndarray, num_sequences: int, num_tokens: int, seconds: np.ndarray, sizes: np.ndarray) -> int:

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from thornback.algorithms import Agreement
+from thornback.algorithms import Agreement, Belief
 from thornback.contracts import KVImport, Request, TokenTree
 
 _HIDDEN = 256  # passes whose hidden states are kept for a draft head: without them it still guesses, but not as well
@@ -36,6 +36,7 @@ class Sequence:
     draft: TokenTree | None = None  # what the coming pass verifies, if there is room for it
     speculates: bool = True  # until a retriever fails it
     agreements: list[Agreement] = field(default_factory=list)  # with each retriever
+    belief: Belief = field(default_factory=Belief)
     retrieved: list[TokenTree] = field(default_factory=list)  # by each, for the draft
     # Hidden states that a draft head has not read: (position of the first, a pass's states, row of the first, number).
     hidden: deque[tuple[int, Any, int, int]] = field(default_factory=lambda: deque(maxlen=_HIDDEN))

@@ -277,7 +277,8 @@ class Speculation:
         columns = [np.concatenate(column) for column in zip(*sources, strict=True)]
         stops = np.cumsum([len(source[0]) for source in sources])
         tokens, parents, likely = fuse(*columns, stops, config.num_nodes, self._left(seq) - 1)
-        return _Guess(seq, TokenTree(tokens, parents, likely), likely) if len(tokens) else None
+        believed = np.minimum(likely * np.float32(seq.belief.factor), 1.0)
+        return _Guess(seq, TokenTree(tokens, parents, likely), believed) if len(tokens) else None
 
     def _retrieve(self, seq: Sequence, config: SpeculationConfig) -> None:
         """Ask the retrievers."""
@@ -297,6 +298,7 @@ class Speculation:
         self.num_drafts += 1
         self.num_draft_tokens += len(draft)
         self.num_accepted_tokens += len(path)
+        seq.belief.learn(len(path), float(draft.weights.sum()))
         for depth in range(len(path)):
             self._per_position[depth] += 1
         said = np.array([drawn[0], *(drawn[node + 1] for node in path)])
