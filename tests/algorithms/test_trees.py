@@ -87,9 +87,8 @@ def test_pruning_keeps_the_likeliest_with_their_ancestors(one, other, num_nodes,
 def test_a_nodes_chance_is_its_share_and_falls_with_its_depth(trie, rate) -> None:
     tokens, parents, counts, paths = trie
     likely = likelihoods(tokens, parents, counts, rate, NOTHING, 0.0)
-    np.testing.assert_allclose(
-        likely, (counts / max(len(paths), 1)) ** 0.35 * rate ** (0.3 * depths(parents)), rtol=1e-5
-    )
+    shares = counts / max(len(paths), 1)
+    np.testing.assert_allclose(likely, shares**0.35 * rate ** (0.3 * depths(parents)), rtol=1e-5)
 
 
 @given(tries(), st.data())
