@@ -20,7 +20,7 @@ from thornback.data.suffix_array import DEPTH, continuations, earlier, join, lon
 
 _VERSION = 1
 _SHARE = 64  # matches of which the continuations are read
-_LENGTH = 10  # tokens of each
+_LENGTH = 20  # tokens of each
 _LARGE = 1 << 20  # tokens of the recent part that become a segment of their own
 
 
@@ -132,7 +132,7 @@ class Datastore:
             if match == longest:
                 paths.append(continuations(segment.tokens, segment.order, first, last, match, _SHARE, _LENGTH))
                 weights.append(np.full(len(paths[-1]), (last - first) / len(paths[-1]), np.float32))
-        return merge(np.concatenate(paths), np.concatenate(weights), num_nodes)
+        return merge(np.concatenate(paths), np.concatenate(weights), num_nodes, longest)
 
     # What is appended
 
@@ -171,8 +171,8 @@ class PromptLookup:
     """A `Retriever` over the context itself: what followed the same tokens earlier in it."""
 
     def retrieve(self, context: np.ndarray, num_nodes: int) -> TokenTree:
-        paths = earlier(np.ascontiguousarray(context, np.int64), 2, DEPTH, _SHARE, _LENGTH)
-        return merge(paths, np.ones(len(paths), np.float32), num_nodes)
+        paths, match = earlier(np.ascontiguousarray(context, np.int64), 2, DEPTH, _SHARE, _LENGTH)
+        return merge(paths, np.ones(len(paths), np.float32), num_nodes, match)
 
 
 def tokenizer_fingerprint(model: str | Path) -> str:

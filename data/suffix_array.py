@@ -112,7 +112,7 @@ def continuations(tokens, order, first, last, match, count, length):
 @njit(**_OPTIONS)
 def earlier(context, min_match, max_match, count, length):
     """As `continuations`, of the places in `context` itself where the most of its last tokens occurred before, the
-    latest first."""
+    latest first; and how many those are, or 0."""
     size, longest, number = len(context), min_match - 1, 0
     places = np.empty(count, np.int64)
     for place in range(size - 1, 0, -1):  # the first token after a match
@@ -131,7 +131,7 @@ def earlier(context, min_match, max_match, count, length):
             if at >= size:
                 break
             out[row, i] = context[at]
-    return out
+    return out, longest if number else 0
 
 
 @njit(**_OPTIONS)
@@ -161,11 +161,11 @@ def _merge(paths, weights):
     return tokens[:size], parents[:size], total[:size]
 
 
-def merge(paths: np.ndarray, weights: np.ndarray, num_nodes: int) -> TokenTree:
+def merge(paths: np.ndarray, weights: np.ndarray, num_nodes: int, match_length: int) -> TokenTree:
     """The `num_nodes` heaviest nodes of the trie of `paths` int64 `[P, L]` (-1 behind an end) with `weights` `[P]`."""
     tokens, parents, total = _merge(paths, weights)
     # A node weighs no more than its parent, and comes after it, so that the heaviest bring their ancestors.
     kept = np.sort(np.argsort(-total, kind="stable")[:num_nodes])
     place = np.full(len(tokens) + 1, -1, np.int32)
     place[kept] = np.arange(len(kept))
-    return TokenTree(tokens[kept], place[parents[kept]], total[kept])
+    return TokenTree(tokens[kept], place[parents[kept]], total[kept], match_length)

@@ -21,12 +21,12 @@ DOCUMENTS = st.lists(st.lists(st.integers(0, 3), min_size=0, max_size=30), max_s
 
 
 def by_hand(documents: list[list[int]], context: list[int], shortest: int = 2) -> Counter:
-    """How often each continuation of up to ten tokens, and each beginning of one, followed the longest match."""
+    """How often each continuation of up to twenty tokens, and each beginning of one, followed the longest match."""
     for match in range(min(16, len(context)), shortest - 1, -1):
         wanted = context[-match:]
         ends = [(d, i + match) for d in documents for i in range(len(d) - match + 1) if d[i : i + match] == wanted]
         if ends:
-            return Counter(tuple(d[end : end + n]) for d, end in ends for n in range(1, min(10, len(d) - end) + 1))
+            return Counter(tuple(d[end : end + n]) for d, end in ends for n in range(1, min(20, len(d) - end) + 1))
     return Counter()
 
 
@@ -45,6 +45,8 @@ def paths_of(tree: TokenTree) -> dict[tuple[int, ...], float]:
 def test_what_followed_the_longest_match(documents, context) -> None:
     tree = Datastore.build(documents, 5).retrieve(np.asarray(context, np.int32), 10_000)
     assert paths_of(tree) == by_hand(documents, context)
+    places = [d[i : i + tree.match_length] for d in documents for i in range(len(d))]
+    assert not len(tree) or context[-tree.match_length :] in places
 
 
 @settings(max_examples=100, deadline=None)
@@ -64,7 +66,7 @@ def test_prompt_lookup_finds_what_came_before(context) -> None:
     for match in range(min(16, len(context) - 1), 1, -1):
         ends = [i + match for i in range(len(context) - match) if context[i : i + match] == context[-match:]]
         if ends:
-            wanted = Counter(tuple(context[e : e + n]) for e in ends for n in range(1, min(10, len(context) - e) + 1))
+            wanted = Counter(tuple(context[e : e + n]) for e in ends for n in range(1, min(20, len(context) - e) + 1))
             break
     assert paths_of(tree) == wanted
 

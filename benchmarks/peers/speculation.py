@@ -1,0 +1,152 @@
+"""Answers to the prompts of four tasks, one at a time: thornback with each source of guesses, vLLM, `transformers`.
+
+Every peer gets the same prompts in the same turn, answers greedily, and reports each task's tokens and seconds; ours
+also a checksum of the tokens, passes, nodes, and seconds of drafting and of retrieval.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.worker import TurnTaker
+
+Prompts = dict[str, list[list[int]]]  # of each task
+SOURCES = {"plain": "", "prompt lookup": "p", "retrieval": "r", "draft": "d", "rasd": "prd"}
+
+
+def _report(turns: TurnTaker, prompts: Prompts, per_turn: int, answer: Callable[[list[int]], dict[str, float]]) -> None:
+    """Each turn takes the next prompts of every task; `answer` says what one of them took."""
+    turn = 0
+    while turns.wait():
+        sums: dict[str, float] = {}
+        for task, of_task in prompts.items():
+            for place in range(turn * per_turn, (turn + 1) * per_turn):
+                started = time.perf_counter()
+                measured = answer(of_task[place % len(of_task)])
+                measured.setdefault("seconds", time.perf_counter() - started)
+                for name, value in measured.items():
+                    sums[f"{task} {name}"] = sums.get(f"{task} {name}", 0.0) + value
+        turn += 1
+        turns.report(**sums)
+
+
+def thornback(
+    turns: TurnTaker,
+    model: str,
+    source: str,
+    draft: str,
+    datastore: str,
+    num_nodes: int,
+    adaptive: bool,
+    prompts: Prompts,
+    per_turn: int,
+    new_tokens: int,
+    threads: int,
+) -> None:
+    from thornback.contracts import EngineConfig, Request, SamplingParams, SpeculationConfig
+    from thornback.data import Datastore, PromptLookup
+    from thornback.engine import TorchEngine
+
+    uses = SOURCES[source]
+    clock = {"retrieval": 0.0, "drafting": 0.0}
+    retrievers: list[Any] = [PromptLookup()] if "p" in uses else []
+    if "r" in uses:
+        retrievers.append(Datastore.open(datastore))
+    for retriever in retrievers:
+        retriever.retrieve = _timed(retriever.retrieve, clock, "retrieval")
+    speculation = SpeculationConfig(num_nodes=num_nodes, adaptive=adaptive, draft=draft if "d" in uses else "")
+    config = EngineConfig(num_threads=threads, speculation=speculation if uses else None)
+    engine = TorchEngine(model, config, tuple(retrievers))
+    if engine.drafter is not None:
+        engine.drafter.propose = _timed(engine.drafter.propose, clock, "drafting")  # type: ignore[method-assign]
+
+    def answer(prompt: list[int]) -> dict[str, float]:
+        before, clocks = engine.speculation.stats, dict(clock)
+        sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0)
+        engine.add_request(Request("a", tuple(prompt), sampling))
+        tokens: list[int] = []
+        passes = 0
+        started = time.perf_counter()
+        while engine.has_unfinished_requests():
+            passes += 1
+            for output in engine.step():
+                tokens += output.token_ids
+        seconds = time.perf_counter() - started
+        after = engine.speculation.stats
+        return {
+            "seconds": seconds,
+            "tokens": len(tokens),
+            "passes": passes,
+            "nodes": 0 if before is None or after is None else after.num_draft_tokens - before.num_draft_tokens,
+            "checksum": zlib.crc32(np.asarray(tokens, np.int32).tobytes()),
+            **{name: clock[name] - clocks[name] for name in clock},
+        }
+
+    _report(turns, prompts, per_turn, answer)
+
+
+def _timed(function: Callable[..., Any], clock: dict[str, float], name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*args)
+        finally:
+            clock[name] += time.perf_counter() - started
+
+    return call
+
+
+def vllm(
+    turns: TurnTaker, model: str, method: dict[str, Any] | None, prompts: Prompts, per_turn: int, new_tokens: int
+) -> None:
+    """`method`: vLLM's `speculative_config`, or None."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    longest = max(len(p) for of_task in prompts.values() for p in of_task)
+    llm = LLM(
+        model,
+        dtype="float32",
+        enforce_eager=True,  # the faster of the two here: see the rollout benchmark
+        max_model_len=longest + new_tokens,
+        max_num_seqs=1,
+        disable_log_stats=True,
+        speculative_config=method,
+    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, detokenize=False)
+
+    def answer(prompt: list[int]) -> dict[str, float]:
+        (output,) = llm.generate([TokensPrompt(prompt_token_ids=prompt)], sampling, use_tqdm=False)
+        return {"tokens": len(output.outputs[0].token_ids)}
+
+    _report(turns, prompts, per_turn, answer)
+
+
+def transformers(
+    turns: TurnTaker, model: str, lookup: int | None, prompts: Prompts, per_turn: int, new_tokens: int, threads: int
+) -> None:
+    """`lookup`: `prompt_lookup_num_tokens`, or None."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+    def answer(prompt: list[int]) -> dict[str, float]:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            output = network.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                prompt_lookup_num_tokens=lookup,
+                pad_token_id=0,
+            )
+        return {"tokens": output.shape[1] - len(prompt)}
+
+    _report(turns, prompts, per_turn, answer)
