@@ -117,9 +117,9 @@ class RolloutWorkerCore:
     # What guesses come from
 
     def costs(self) -> Costs:
-        """What passes of this worker's engine cost, as (tokens, seconds)."""
+        """What passes of this worker's engine cost, as (tokens, seconds), measured now that actors are not starting."""
         assert isinstance(self.engine, TorchEngine), "the configuration lets no other engine speculate"
-        return self.engine.speculation.costs
+        return self.engine.measure_costs()
 
     def recall(self, costs: Costs, location: str | None, *batches: RolloutBatch) -> None:
         """Guess, from now on, as the other workers do: by these costs, and from the rollouts that `location` holds

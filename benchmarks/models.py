@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
 from pathlib import Path
 
 VOCABULARY = 2048
@@ -42,3 +44,32 @@ def benchmark_model(directory: Path, size: str) -> str:
 def cores() -> int:
     """Both of two, all of many: what every phase of every peer may use."""
     return len(os.sched_getaffinity(0))
+
+
+def deepened(model: Path, num_layers: int) -> Path:
+    """A copy of a model directory with so many layers, those added last: they compute as much as the others, and what
+    they compute is multiplied by 0, so that the model says what it said."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    target = model.with_name(f"{model.name}-{num_layers}-layers")
+    shutil.copytree(model, target)
+    network = AutoModelForCausalLM.from_pretrained(model)
+    layers = network.model.layers
+    for number in range(len(layers), num_layers):
+        layers.append(copy.deepcopy(layers[0]))
+        layers[number].self_attn.layer_idx = number
+        with torch.no_grad():
+            layers[number].self_attn.o_proj.weight.zero_()
+            layers[number].mlp.down_proj.weight.zero_()
+    network.config.num_hidden_layers = num_layers
+    if getattr(network.config, "layer_types", None):
+        network.config.layer_types = [network.config.layer_types[0]] * num_layers
+    network.save_pretrained(target)
+    return target
+
+
+def num_parameters(model: str) -> int:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model).num_parameters()

@@ -23,11 +23,13 @@ BUSY_LOAD = 0.5  # runnable processes, averaged over the last minute, above whic
 
 @dataclass
 class Results:
-    """`rows` are what was measured, one flat mapping each; `ratios` are what the claims are about."""
+    """`rows` are what was measured, one flat mapping each; `ratios` are what the claims are about. `plot`, where there
+    is a picture, draws it into a PNG file."""
 
     benchmark: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     ratios: dict[str, float] = field(default_factory=dict)
+    plot: Callable[[Path], None] | None = None
 
     def to_json(self, quick: bool, command: str) -> dict[str, Any]:
         return {
@@ -59,6 +61,8 @@ def run(name: str, measure: Callable[[bool, Callable[[str], None]], Results]) ->
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         document = {**results.to_json(arguments.quick, command), "load_before": round(load, 2)}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        if results.plot is not None:
+            results.plot(arguments.json.with_suffix(".png"))
 
 
 def show(results: Results) -> None:

@@ -16,6 +16,7 @@ from thornback.engine.sequence import Sequence
 
 _log = logging.getLogger(__name__)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens of the passes that are timed
+_LEAST, _MOST, _MEASURE_SECONDS = 4, 32, 0.5  # how often each is timed: more while that takes no longer
 _MEMORY = 0.95  # what an earlier pass weighs in a rate
 _LIKELY, _SURE = 0.05, 0.999  # retrieved branches that likely stay, whatever their rank; no chance is above
 _RUN, _PERIOD = 8, 256  # so many passes in a row try the other way, once in so many
@@ -138,7 +139,14 @@ class Speculation:
             self.fix_costs(self._config.costs)
             return
         self._sizes = np.array([n for n in _SIZES if n <= max(2, max_tokens)])
-        self._seconds = np.array([min(_timed(run, int(n)) for _ in range(4)) for n in self._sizes])
+        seconds = np.full(len(self._sizes), np.inf)
+        started, rounds = time.perf_counter(), 0
+        # Round after round, so that what disturbs the machine for a while does not meet one size alone.
+        while rounds < _LEAST or (rounds < _MOST and time.perf_counter() - started < _MEASURE_SECONDS):
+            seconds = np.minimum(seconds, [_timed(run, int(n)) for n in self._sizes])
+            rounds += 1
+        # A pass can take no longer than one of more tokens.
+        self._seconds = np.minimum.accumulate(seconds[::-1])[::-1]
 
     @property
     def costs(self) -> tuple[tuple[int, float], ...]:

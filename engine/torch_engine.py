@@ -105,9 +105,9 @@ class TorchEngine:
         self.speculation = Speculation(
             config.speculation, retrievers, self.drafter, self.max_model_len, self.shape.vocab_size
         )
-        self.speculation.measure(self.runner.try_pass, config.max_num_batched_tokens)
-        self.weight_version = 0
         self._sequences: dict[str, list[Sequence]] = {}
+        self.measure_costs()
+        self.weight_version = 0
         self._leases: dict[str, tuple[Lease, list[int]]] = {}
         self._seeds = fresh_seeds()
         self._grammars: GrammarCompiler | None = None
@@ -119,6 +119,16 @@ class TorchEngine:
         block_bytes = element_size * int(torch.tensor(block_shape).prod())
         wanted = -(-self.max_model_len // self.config.block_size) * self.config.max_num_seqs
         return max(1, min(wanted, self.config.kv_cache_memory_bytes // block_bytes))
+
+    def measure_costs(self) -> tuple[tuple[int, float], ...]:
+        """What passes cost, as (tokens, seconds), measured now unless they are given; empty without speculation.
+
+        It needs an idle engine, and, to be right, an idle machine."""
+        if self._sequences:
+            raise RuntimeError("Passes are being timed on a busy engine; run its requests to their end first.")
+        self.speculation.measure(self.runner.try_pass, self.config.max_num_batched_tokens)
+        self.flush_prefix_cache()  # a pass that is only tried spoils a block
+        return self.speculation.costs
 
     # Requests
 
