@@ -136,10 +136,10 @@ def earlier(context, min_match, max_match, count, length):
 
 @njit(**_OPTIONS)
 def _merge(paths, weights):
-    """A trie of the rows of `paths`, each of its weight: tokens, parents, weights."""
+    """A trie of the rows of `paths`, each of its weight: tokens, parents, weights, depths."""
     room = paths.size
     tokens, parents = np.empty(room, np.int32), np.empty(room, np.int32)
-    total = np.zeros(room, np.float32)
+    total, depth = np.zeros(room, np.float32), np.empty(room, np.int32)
     child, sibling = np.full(room + 1, -1, np.int32), np.full(room, -1, np.int32)
     size = 0
     for row in range(len(paths)):
@@ -153,19 +153,19 @@ def _merge(paths, weights):
                 below = sibling[below]
             if below < 0:
                 below = size
-                tokens[below], parents[below] = token, node
+                tokens[below], parents[below], depth[below] = token, node, i
                 sibling[below], child[node + 1] = child[node + 1], below
                 size += 1
             total[below] += weights[row]
             node = below
-    return tokens[:size], parents[:size], total[:size]
+    return tokens[:size], parents[:size], total[:size], depth[:size]
 
 
 def merge(paths: np.ndarray, weights: np.ndarray, num_nodes: int, match_length: int) -> TokenTree:
     """The `num_nodes` heaviest nodes of the trie of `paths` int64 `[P, L]` (-1 behind an end) with `weights` `[P]`."""
-    tokens, parents, total = _merge(paths, weights)
-    # A node weighs no more than its parent, and comes after it, so that the heaviest bring their ancestors.
-    kept = np.sort(np.argsort(-total, kind="stable")[:num_nodes])
+    tokens, parents, total, depth = _merge(paths, weights)
+    # A node weighs no more than its parent, which stands less deep, so that the heaviest bring their ancestors.
+    kept = np.sort(np.lexsort((depth, -total))[:num_nodes])
     place = np.full(len(tokens) + 1, -1, np.int32)
     place[kept] = np.arange(len(kept))
     return TokenTree(tokens[kept], place[parents[kept]], total[kept], match_length)
