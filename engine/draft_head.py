@@ -16,11 +16,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 from thornback.contracts import ModelError
 from thornback.engine.attention import ATTENTION_NAME
 from thornback.engine.decoder import LeanModel, angles, use_lean_classes
+from thornback.engine.draft_files import ARCHITECTURE, WEIGHTS, read_draft_config
 from thornback.engine.linear import use_fast_products
 from thornback.engine.model import ModelShape
-
-ARCHITECTURE = "ThornbackDraftHead"
-_WEIGHTS = "model.safetensors"
 
 
 class DraftHead(LeanModel):
@@ -88,7 +86,7 @@ class DraftHead(LeanModel):
         """Write the head to a directory: config.json, and model.safetensors in the type of the parameters."""
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in self.named_parameters()}, path / _WEIGHTS)
+        save_file({name: p.detach().contiguous() for name, p in self.named_parameters()}, path / WEIGHTS)
         (path / "config.json").write_text(
             json.dumps({**self.config.to_diff_dict(), "architectures": [ARCHITECTURE]}, indent=2) + "\n"
         )
@@ -97,31 +95,17 @@ class DraftHead(LeanModel):
 def load_draft_head(directory: str | Path, target: PreTrainedModel, layer_idx: int) -> DraftHead:
     """A saved head under its target. Raises `ModelError` for one that is damaged, or was made for another target."""
     path, shape, of = Path(directory), ModelShape.of(target), target.config.get_text_config()
-    try:
-        found = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"The draft {directory} has no readable config.json; give a directory that thornback draft has written."
-        ) from error
-    if found.get("architectures") != [ARCHITECTURE]:
-        raise ModelError(f"{directory} holds no draft head; give a directory that thornback draft has written.")
-    config = Qwen3Config.from_dict(found)
-    config._attn_implementation = ATTENTION_NAME
     wanted = {
         "hidden_size": of.hidden_size,
         "vocab_size": of.vocab_size,
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
     }
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            raise ModelError(
-                f"The draft {directory} was made for another model: its {name} is {getattr(config, name)}, but the "
-                f"model's is {value}; train one for this model with thornback draft."
-            )
+    config = Qwen3Config.from_dict(read_draft_config(path, wanted))
+    config._attn_implementation = ATTENTION_NAME
     head = DraftHead(config, target, layer_idx)
     try:
-        head.load_state_dict(load_file(path / _WEIGHTS))
+        head.load_state_dict(load_file(path / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"The draft {directory} is damaged: {reason}; train it again with thornback draft.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from thornback.serve.config import ServeConfig, serve_config
 from thornback.serve.deployments import GatewayDeployment
 from thornback.serve.model_source import resolve_model
 from thornback.serve.replica import Replica
+from thornback.serve.speculation import check_sources
 
 KEYS_VARIABLE = "THORNBACK_API_KEYS"
 # The gateway itself says when it is full, with a 429; Ray Serve's queue before it would only hide that.
@@ -46,8 +48,11 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_wait_loop_s=0.5,
     )
-    engine = config.engine.engine_config(config.threads_per_replica)
-    return gateway.bind(config, model, api_keys(config), replicas.bind(model, engine))
+    check_sources(config.speculation, model)
+    engine = replace(
+        config.engine.engine_config(config.threads_per_replica), speculation=config.speculation.speculation_config()
+    )
+    return gateway.bind(config, model, api_keys(config), replicas.bind(model, engine, config.speculation))
 
 
 def app(args: dict[str, Any]) -> ray_serve.Application:

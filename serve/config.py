@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from thornback.contracts import ConfigError, EngineConfig
+from thornback.contracts import ConfigError, EngineConfig, SpeculationConfig
 
 
 class EngineSection(BaseModel):
@@ -35,6 +35,34 @@ class EngineSection(BaseModel):
     def engine_config(self, threads: int | None) -> EngineConfig:
         """The engine's own form, with `threads` torch threads."""
         return EngineConfig(**self.model_dump(), num_threads=threads)
+
+
+class SpeculationSection(BaseModel):
+    """Several tokens of an answer a pass (docs/speculation.md); what is said does not change."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    method: Literal["off", "rasd"] = "off"
+    """rasd: guess by prompt lookup, from the datastore and by the draft head, if there are any."""
+    datastore: str = ""
+    """A file that thornback datastore build has written; may be a URI."""
+    draft: str = ""
+    """A directory that thornback draft has written."""
+    num_nodes: int = Field(default=32, ge=1, le=63)
+    """Guesses for a sequence that a pass verifies, at most."""
+    learn_from_traffic: bool = False
+    """Guess from what this replica has answered, too."""
+
+    @model_validator(mode="after")
+    def _sources_are_used(self) -> SpeculationSection:
+        for name in ("datastore", "draft", "learn_from_traffic"):
+            if self.method == "off" and getattr(self, name):
+                raise ValueError(f"{name} is given, but the method is off; set speculation.method to rasd")
+        return self
+
+    def speculation_config(self) -> SpeculationConfig | None:
+        """The engine's own form."""
+        return None if self.method == "off" else SpeculationConfig(num_nodes=self.num_nodes, draft=self.draft)
 
 
 class LimitSection(BaseModel):
@@ -93,6 +121,7 @@ None: everybody may ask."""
     start_timeout_s: float = Field(default=300.0, gt=0)
     """Seconds until the first replica must answer."""
     engine: EngineSection = EngineSection()
+    speculation: SpeculationSection = SpeculationSection()
     limits: LimitSection = LimitSection()
 
     @model_validator(mode="after")

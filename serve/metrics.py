@@ -14,7 +14,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from thornback.contracts import EngineLoad
+from thornback.contracts import EngineLoad, SpeculationStats
 
 disable_created_metrics()  # a second series for every counter, which nobody reads
 
@@ -54,6 +54,21 @@ class Metrics:
         self._kv_use = gauge("vllm:kv_cache_usage_perc", "Share of cache blocks in use, 0 to 1.")
         self._preempted = gauge("thornback:num_preemptions", "Samples that an engine has put back.")
         self._version = gauge("thornback:weight_version", "The version of the weights that answer.")
+        self._speculated = {
+            field: counter(f"vllm:spec_decode_{field}", text, "engine")
+            for field, text in (
+                ("num_drafts", "Trees that were verified."),
+                ("num_draft_tokens", "Tokens of these trees."),
+                ("num_accepted_tokens", "Of which so many were right."),
+            )
+        }
+        self._per_position = counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos", "Tokens that were right, by place.", "engine", "position"
+        )
+        self._speculated["num_failures"] = counter(
+            "thornback:spec_decode_num_failures", "Requests whose guesses failed.", "engine"
+        )
+        self._seen: dict[str, SpeculationStats] = {}  # by engine
         self._queued = Gauge("thornback:gateway_queued", "Requests waiting at the gateway.", registry=self.registry)
 
     def request_clock(self, num_prompt_tokens: int) -> RequestClock:
@@ -80,7 +95,19 @@ class Metrics:
             self._kv_use.labels(*labels).set(load.kv_use)
             self._preempted.labels(*labels).set(load.num_preempted)
             self._version.labels(*labels).set(load.weight_version)
+            if load.speculation is not None:
+                self._count(engine, load.speculation)
         return generate_latest(self.registry)
+
+    def _count(self, engine: str, stats: SpeculationStats) -> None:
+        """Add what an engine has speculated since it was asked last."""
+        new = stats.since(self._seen[engine]) if engine in self._seen else stats
+        self._seen[engine] = stats
+        for field, values in self._speculated.items():
+            values.labels(self._model, engine).inc(getattr(new, field))
+        for position, count in enumerate(new.per_position):
+            if count:
+                self._per_position.labels(self._model, engine, str(position)).inc(count)
 
 
 class RequestClock:

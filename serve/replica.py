@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from thornback.contracts import Engine, EngineConfig, EngineLoad, InFlight, Output, Request, WeightView
+from thornback.serve.config import SpeculationSection
 from thornback.serve.engine_loop import EngineLoop
+from thornback.serve.speculation import make_retrievers
 
 # An item of a stream costs about 1 ms of work in the processes that it passes. Items of one stream lie this far
 # apart for every other stream that runs, so that many streams together take at most a third of a core.
@@ -32,11 +34,15 @@ class EngineDescription:
 class Replica:
     """Owns an engine. A request is one stream of lists of `Output`; whoever leaves the stream aborts the request."""
 
-    async def __init__(self, model: str, config: EngineConfig) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, model: str, config: EngineConfig, speculation: SpeculationSection | None = None
+    ) -> None:
+        retrievers, self._learning = make_retrievers(speculation or SpeculationSection())
+
         def make_engine() -> Engine:
             from thornback.engine import TorchEngine  # torch is imported in the engine's thread, beside Ray's start
 
-            return TorchEngine(model, config)
+            return TorchEngine(model, config, retrievers)
 
         self._loop = EngineLoop(make_engine, on_failure=_die)
         await self._loop.ready()
@@ -47,15 +53,27 @@ class Replica:
         # The gateway keeps the time too; this is for the case that the gateway is gone.
         deadline = asyncio.get_running_loop().time() + timeout_s
         outputs = self._loop.stream(request, GAP_PER_STREAM_S if streaming else None)
+        said: dict[int, list[int]] = {}
         try:
             while True:
                 async with asyncio.timeout_at(deadline):
                     items = await anext(outputs, None)
                 if items is None:
                     return
+                if self._learning is not None:
+                    self._learn(request, said, items)
                 yield items
         finally:
             await outputs.aclose()
+
+    def _learn(self, request: Request, said: dict[int, list[int]], items: list[Output]) -> None:
+        """Guess from each sample, once it has ended."""
+        assert self._learning is not None
+        for output in items:
+            tokens = said.setdefault(output.index, list(request.output_token_ids))
+            tokens += output.token_ids
+            if output.finish_reason is not None:
+                self._learning.append([*request.prompt_token_ids, *tokens])
 
     async def describe(self) -> EngineDescription:
         return await self._call(

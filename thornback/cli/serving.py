@@ -14,6 +14,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see docs/configuration.md")
     parser.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="the port to listen on (default: 8000; 0 takes a free one)")
+    parser.add_argument("--speculate", choices=["off", "rasd"], help="several tokens a pass (docs/speculation.md)")
+    parser.add_argument("--datastore", metavar="FILE", help="guess from what thornback datastore build has written")
+    parser.add_argument("--draft", metavar="DIRECTORY", help="guess by what thornback draft has written")
     parser.set_defaults(run=run)
 
 
@@ -24,9 +27,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The overrides as nested settings; --host and --port are settings too."""
+    """The overrides as nested settings; flags are settings too."""
     nested: dict[str, Any] = {}
     for override in arguments.overrides:
         apply_override(nested, override)
     named = {"host": arguments.host, "port": arguments.port}
-    return nested | {name: value for name, value in named.items() if value is not None}
+    guesses = {"method": arguments.speculate, "datastore": arguments.datastore, "draft": arguments.draft}
+    for where, flags in ((nested, named), (nested.setdefault("speculation", {}), guesses)):
+        where |= {name: value for name, value in flags.items() if value is not None}
+    return nested
