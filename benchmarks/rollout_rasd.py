@@ -6,10 +6,10 @@ are: the workers guess from the reference rollouts and all earlier epochs', as i
 live. Both draw the same tokens, which is checked.
 
 `speedup`: plain seconds over guessed ones, of rollouts that are never more than 8 at once, all epochs from the second
-on together. `speedup_phase`: of 64 rollouts that begin at once, of the last epoch, chosen by their lengths: the
-quantiles of a Pareto distribution from 8 to 64 tokens (mean 14; 8 rollouts are longer than 19). Both are the demo's own
-model's; `..._LAYERS_layers` are those of the same model with layers between that change nothing (their outputs are
-multiplied by 0), so that it says the same and a pass takes longer, as a larger model's does.
+on together. `speedup_phase`: of 64 rollouts of an epoch that begin at once, whose lengths are as near as the epoch has
+them to the quantiles of a Pareto distribution from 8 to 64 tokens (mean 14; an eighth are longer than 19). Both are the
+demo's own model's; `..._LAYERS_layers` are those of the same model with layers added that change nothing (their outputs
+are multiplied by 0), so that it says the same and a pass takes longer, as a larger model's does.
 
 The picture beside the JSON shows, over the epochs, how many of the tokens were guessed.
 """
@@ -40,21 +40,22 @@ THREADS = 1
 
 
 def peers(directory: Path, policies: list[str], steps_per_epoch: int) -> list[Peer]:
-    """The two workers, and what they answer: of each epoch the first step, or as much of it as keeps so many alive."""
+    """The two workers, and what they answer: of each epoch the first step, or as much of it as keeps so many alive;
+    and a phase."""
     files = [rollout_files(directory, epoch, steps_per_epoch) for epoch in range(len(policies))]
     epochs = []
     for epoch, policy in enumerate(policies):
         step = read_rollouts(files[epoch][0])
+        shards = {str(n): singles(step, epoch, range(len(step) * n // max(LIVE))) for n in LIVE}
         epochs.append(
             {
                 "policy": policy,
                 "reference": str(directory / REFERENCE),
                 "earlier": [file for earlier in files[:epoch] for file in earlier],
-                "shards": {str(n): singles(step, epoch, range(len(step) * n // max(LIVE))) for n in LIVE},
+                "shards": shards | {str(PHASE): long_tailed(files[epoch], epoch, PHASE)},
             }
         )
-    phase = long_tailed(files[-1], len(policies) - 1, PHASE)
-    settings: dict[str, Any] = {"epochs": epochs, "phase": phase, "threads": THREADS, "options": OPTIONS}
+    settings: dict[str, Any] = {"epochs": epochs, "threads": THREADS, "options": OPTIONS}
     target = "benchmarks.peers.thornback_rollouts:rollouts"
     return [
         Peer(name, target, {**settings, "guess": name == RASD, "out": f"{policies[0]}-{name}.npy"}, ACTOR_ENVIRONMENT)
@@ -90,9 +91,8 @@ def check_same_tokens(both: list[Peer]) -> None:
 def add(results: Results, turns: dict[str, Turns], layers: int, parameters: int, num_epochs: int) -> None:
     """One model's rows and ratios."""
     suffix = "" if layers == DEMO_LAYERS else f"_{layers}_layers"
-    places = {f"{live} live": [f"{live}_{epoch}" for epoch in range(1, num_epochs)] for live in LIVE}
-    places[f"phase of {PHASE}"] = ["phase"]
-    for what, parts in places.items():
+    for live in (*LIVE, PHASE):
+        what, parts = kind(live), [f"{live}_{epoch}" for epoch in range(1, num_epochs)]
         for name, t in turns.items():
             seconds = [sum(turn[f"seconds_{part}"] for part in parts) for turn in t.values]
             tokens = sum(t.median(f"tokens_{part}") for part in parts)
@@ -109,11 +109,15 @@ def add(results: Results, turns: dict[str, Turns], layers: int, parameters: int,
             }
             results.rows.append(row)
     by_name = {row["name"]: row for row in results.rows if row["layers"] == layers}
-    for ratio, what in (("speedup", f"{max(LIVE)} live"), ("speedup_phase", f"phase of {PHASE}")):
+    for ratio, what in (("speedup", kind(max(LIVE))), ("speedup_phase", kind(PHASE))):
         results.ratios[ratio + suffix] = by_name[f"{PLAIN}, {what}"]["seconds"] / by_name[f"{RASD}, {what}"]["seconds"]
     for epoch in range(num_epochs):
         shares = {f"{live}_live": accepted_share(turns[RASD], [f"{live}_{epoch}"]) for live in LIVE}
         results.rows.append({"epoch": epoch + 1, "layers": layers, "accepted_share": shares})
+
+
+def kind(live: int) -> str:
+    return f"phase of {PHASE}" if live == PHASE else f"{live} live"
 
 
 def accepted_share(turns: Turns, parts: list[str]) -> float:

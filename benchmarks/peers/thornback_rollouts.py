@@ -29,8 +29,7 @@ def worker(model: str, threads: int, guess: bool, options: dict[str, int]) -> Ro
 
 def rollouts(turns: TurnTaker, threads: int, guess: bool, options: dict[str, int], out: str, **work: Any) -> None:
     """`work`: `epochs`, each with its `policy`, the `reference` rollouts, the files of `earlier` epochs, and `shards`
-    by how many sequences live; and the `phase`, a shard whose sequences all begin at once under the last policy. A
-    turn answers all of them; the tokens of the first turn go to the file `out`."""
+    by how many sequences may live. A turn answers all of them; the tokens of the first turn go to the file `out`."""
     cores: list[RolloutWorkerCore] = []
     for epoch in work["epochs"]:
         core = worker(epoch["policy"], threads, guess, options)
@@ -46,9 +45,6 @@ def rollouts(turns: TurnTaker, threads: int, guess: bool, options: dict[str, int
                 found, figures = answer(core, shard, int(live))
                 tokens.append(found.response_ids)
                 values |= {f"{name}_{live}_{number}": value for name, value in figures.items()}
-        found, figures = answer(cores[-1], work["phase"], len(work["phase"]))
-        tokens.append(found.response_ids)
-        values |= {f"{name}_phase": value for name, value in figures.items()}
         if not Path(out).exists():
             np.save(out, np.concatenate(tokens))
         turns.report(**values)
