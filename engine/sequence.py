@@ -36,6 +36,8 @@ class Sequence:
     draft: TokenTree | None = None  # what the coming pass verifies, if there is room for it
     speculates: bool = True  # until a retriever fails it
     agreements: list[Agreement] = field(default_factory=list)  # with each retriever
+    drafted: tuple | None = None  # tokens, parents and chances of the draft head's tree, before the others joined it
+    draft_agreement: Agreement = field(default_factory=Agreement)
     belief: Belief = field(default_factory=Belief)
     retrieved: list[TokenTree] = field(default_factory=list)  # by each, for the draft
     # Hidden states that a draft head has not read: (position of the first, a pass's states, row of the first, number).

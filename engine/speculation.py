@@ -18,7 +18,8 @@ _log = logging.getLogger(__name__)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens of the passes that are timed
 _LEAST, _MOST, _MEASURE_SECONDS = 4, 32, 0.5  # how often each is timed: more while that takes no longer
 _MEMORY = 0.95  # what an earlier pass weighs in a rate
-_LIKELY, _SURE = 0.05, 0.999  # retrieved branches that likely stay, whatever their rank; no chance is above
+_LIKELY = 0.05  # retrieved branches whose first token a draft thinks so likely stay, whatever its other choices
+_JUDGES = 0.6  # how often a draft must be right to judge what others say
 _RUN, _PERIOD = 8, 256  # so many passes in a row try the other way, once in so many
 _TRIALS, _TRY_AGAIN = 4, 48  # so many passes with and without a draft before they are compared; one in so many tries
 _PROMISES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of accepted tokens a sequence, between which passes are compared
@@ -270,13 +271,14 @@ class Speculation:
         """What all sources say, as one tree."""
         if not seq.speculates:
             return None
+        seq.drafted = None if draft is None else draft.tree
         sources = [] if draft is None else [draft.tree]
         for tree, source in zip(seq.retrieved, seq.agreements, strict=True):
             if not len(tree):
                 continue
             rate = source.rate(tree.match_length)
             first, least = np.empty(0, np.float32), 0.0
-            if draft is not None:
+            if draft is not None and seq.draft_agreement.rate() > _JUDGES:
                 first, least = draft.chances(tree.tokens[tree.parents < 0]), min(draft.least, _LIKELY)
             likely = likelihoods(tree.tokens, tree.parents, tree.weights, rate, first, least)
             sources.append((tree.tokens, tree.parents, likely))
@@ -314,6 +316,9 @@ class Speculation:
             if len(tree):
                 right, others = agreement(tree.tokens, tree.parents, said)
                 source.learn(right, float(others))
+        if seq.drafted is not None:
+            right, others = agreement(seq.drafted[0], seq.drafted[1], said)
+            seq.draft_agreement.learn(right, float(others))
 
 
 def _check(tree: TokenTree, vocab_size: int) -> None:
