@@ -25,8 +25,8 @@ def subtree(tokens: np.ndarray, parents: np.ndarray, kept: np.ndarray) -> tuple[
 @compiled
 def likelihoods(tokens, parents, weights, rate, first, least):
     """How likely each node of a retrieved tree is right, float32 `[N]`, by its share of the continuations, and by how
-    often the source's next token is right: share ** 0.35 * rate ** (0.3 * depth). The exponents are ours, and measured:
-    few continuations say little of shares, and where some tokens are right the next ones are likelier.
+    often the source's next token is right: share ** 0.35 * rate ** (0.7 + 0.3 * depth). The exponents are ours, and
+    measured: few continuations say little of shares, and where some tokens are right the next ones are likelier.
 
     Where a draft's distribution of the next token is known at the branches' first nodes, `first` `[branches]`, in order
     (else empty), branches below `least` get 0, and are pruned thereby."""
@@ -43,7 +43,7 @@ def likelihoods(tokens, parents, weights, rate, first, least):
         else:
             depth[i] = depth[parents[i]] + 1
             kept = out[parents[i]] > 0
-        out[i] = (weights[i] / total) ** 0.35 * rate ** (0.3 * depth[i]) if kept else 0.0
+        out[i] = (weights[i] / total) ** 0.35 * rate ** (0.7 + 0.3 * depth[i]) if kept else 0.0
     return out
 
 

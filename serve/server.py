@@ -64,10 +64,14 @@ def start(model: str | Path | ServeConfig, **settings: Any) -> Server:
     """Serve a run's model or a model directory; returns once it answers.
 
     `settings` are those of `ServeConfig`. Uses the Ray that runs in this process, or that of `ray_address`, or
-    starts one. Raises `ConfigError`, `ModelError` (both before Ray starts) or `ActorLost`.
+    starts one. Raises `ConfigError`, `ModelError`, `DataError` (all before Ray starts) or `ActorLost`.
     """
     config = model if isinstance(model, ServeConfig) else serve_config(model=str(model), **settings)
-    resolve_model(config.model)
+    model_directory = resolve_model(config.model)
+    if config.speculation.method != "off":
+        from thornback.serve.speculation import check_sources
+
+        check_sources(config.speculation, model_directory)
     if not _joins_ray(config):
         config = config.model_copy(update={"port": free_port(config.host, config.port)})
 

@@ -88,7 +88,7 @@ def test_a_nodes_chance_is_its_share_and_falls_with_its_depth(trie, rate) -> Non
     tokens, parents, counts, paths = trie
     likely = likelihoods(tokens, parents, counts, rate, NOTHING, 0.0)
     shares = counts / max(len(paths), 1)
-    np.testing.assert_allclose(likely, shares**0.35 * rate ** (0.3 * depths(parents)), rtol=1e-5)
+    np.testing.assert_allclose(likely, shares**0.35 * rate ** (0.7 + 0.3 * depths(parents)), rtol=1e-5)
 
 
 @given(tries(), st.data())

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.engine.reference import Reference, allowed
-from thornback.algorithms import fuse
+from tests.engine.trees import tree_of
 from thornback.contracts import EngineConfig, Request, SamplingParams, SpeculationConfig, TokenTree
 from thornback.engine import TorchEngine
 
@@ -39,9 +39,8 @@ class Likely:
         self.tokens, self.rng = tokens, np.random.default_rng(0)
 
     def retrieve(self, context: np.ndarray, num_nodes: int) -> TokenTree:
-        paths = [self.rng.choice(self.tokens, 2).astype(np.int32) for _ in range(5)]
-        ones = np.ones(2, np.float32)
-        return TokenTree(*fuse([(path, np.array([-1, 0], np.int32), ones) for path in paths]))
+        paths = [self.rng.choice(self.tokens, 2).tolist() for _ in range(5)]
+        return tree_of(paths)
 
 
 def third_token(reference: Reference, params: SamplingParams) -> tuple[np.ndarray, list[int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import ray
 
 from thornback.cli.main import main
 from thornback.contracts import EngineLoad, SpeculationStats
@@ -142,6 +143,7 @@ def test_sources_that_do_not_fit_are_refused_at_the_start(byte_model, tiny_model
     assert "vocabulary of 1000" in refused(capsys, model, *rasd, "--datastore", str(large))
     assert "no draft head" in refused(capsys, model, *rasd, "--draft", model)
     assert "the method is off" in refused(capsys, model, "--datastore", store)
+    assert not ray.is_initialized()  # nothing had begun
 
 
 def test_counters_rise_when_engines_start_over() -> None:

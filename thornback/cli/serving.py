@@ -31,8 +31,15 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for override in arguments.overrides:
         apply_override(nested, override)
-    named = {"host": arguments.host, "port": arguments.port}
-    guesses = {"method": arguments.speculate, "datastore": arguments.datastore, "draft": arguments.draft}
-    for where, flags in ((nested, named), (nested.setdefault("speculation", {}), guesses)):
-        where |= {name: value for name, value in flags.items() if value is not None}
+    flags = {
+        "host": arguments.host,
+        "port": arguments.port,
+        "speculation.method": arguments.speculate,
+        "speculation.datastore": arguments.datastore,
+        "speculation.draft": arguments.draft,
+    }
+    for name, value in flags.items():
+        if value is not None:
+            section, _, last = name.rpartition(".")
+            (nested.setdefault(section, {}) if section else nested)[last] = value
     return nested
