@@ -8,8 +8,6 @@ and no two children of a node carry the same token.
 # mypy: disable-error-code="no-untyped-def, misc"
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from thornback.algorithms.compiled import compiled
@@ -89,23 +87,35 @@ def fuse(tokens, parents, chances, stops, num_nodes, max_depth):
     return found[best], to[above[best]], likely
 
 
-def depths(parents: np.ndarray) -> np.ndarray:
-    """How many tokens after the sequence's last one each node stands, `[N]`, from 1."""
-    found: list[int] = []
-    for parent in parents.tolist():
-        found.append(1 if parent < 0 else found[parent] + 1)
-    return np.asarray(found, np.int64)
+@compiled
+def depths(parents):
+    """How many tokens after the sequence's last one each node stands, int64 `[N]`, from 1."""
+    found = np.empty(len(parents), np.int64)
+    for i in range(len(parents)):
+        found[i] = 1 if parents[i] < 0 else found[parents[i]] + 1
+    return found
 
 
-def ancestor_bits(parents: np.ndarray) -> np.ndarray:
-    """uint64 `[1 + N]`: what the last token (bit 0) and each node i (bit 1 + i) may see of them: their ancestors and
-    themselves. At most 63 nodes."""
+@compiled
+def ancestor_bits(parents):
+    """int64 `[1 + N]`: what the last token (bit 0) and each node i (bit 1 + i) may see of them: their ancestors and
+    themselves. Raises `ValueError` for more than 63 nodes."""
     if len(parents) > 63:
-        raise ValueError(f"A tree has {len(parents)} nodes, but at most 63 can be verified at once.")
-    bits = [1]
-    for i, parent in enumerate(parents.tolist()):
-        bits.append(bits[parent + 1] | 1 << (i + 1))
-    return np.asarray(bits, np.uint64)
+        raise ValueError("A tree has more nodes than the 63 that can be verified at once.")
+    bits = np.empty(1 + len(parents), np.int64)
+    bits[0] = 1
+    for i in range(len(parents)):
+        bits[i + 1] = bits[parents[i] + 1] | np.int64(1) << np.int64(i + 1)
+    return bits
+
+
+@compiled
+def is_tree(tokens, parents, vocab_size):
+    """Whether these are nodes that stand behind their parents, with tokens of the vocabulary."""
+    for i in range(len(tokens)):  # noqa: SIM110 (compiled: no generators)
+        if not (0 <= tokens[i] < vocab_size and -1 <= parents[i] < i):
+            return False
+    return True
 
 
 @compiled
@@ -127,16 +137,20 @@ def agreement(tokens, parents, said):
     return right, False
 
 
-def verify(tokens: np.ndarray, parents: np.ndarray, drawn: Sequence[int]) -> list[int]:
-    """The nodes that the target agrees with, from the root down. `drawn` `[1 + N]`: the token that the target draws
-    after the last token, and after each node. The output is the drawn tokens along that path, the one after its end
-    included: what plain decoding draws, since every position has one number of its own."""
-    children = {
-        (parent, token): i for i, (parent, token) in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True))
-    }
-    path: list[int] = []
-    node = children.get((-1, drawn[0]))
-    while node is not None:
-        path.append(node)
-        node = children.get((node, drawn[node + 1]))
-    return path
+@compiled
+def verify(tokens, parents, drawn):
+    """The nodes that the target agrees with, from the root down, int64. `drawn` `[1 + N]`: the token that the target
+    draws after the last token, and after each node. The output is the drawn tokens along that path, the one after its
+    end included: what plain decoding draws, since every position has one number of its own."""
+    path = np.empty(len(tokens), np.int64)
+    node, length = -1, 0
+    while True:
+        child = -1
+        for i in range(node + 1, len(tokens)):
+            if parents[i] == node and tokens[i] == drawn[node + 1]:
+                child = i
+                break
+        if child < 0:
+            return path[:length]
+        path[length] = node = child
+        length += 1

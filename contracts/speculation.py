@@ -38,8 +38,8 @@ class Retriever(Protocol):
     """A store of token sequences that were seen before. Must be safe to ask from several threads."""
 
     def retrieve(self, context: np.ndarray, num_nodes: int) -> TokenTree:
-        """What followed the longest suffix of `context` (int32 `[T]`, the last tokens of a sequence) in the store: at
-        most `num_nodes` nodes, the most frequent ones. Empty where nothing matches."""
+        """What followed the longest suffix of `context` (int64 `[T]`, the last tokens of a sequence; it is only lent)
+        in the store: at most `num_nodes` nodes, the most frequent ones. Empty where nothing matches."""
         ...
 
 

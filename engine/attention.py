@@ -150,7 +150,7 @@ class PagedBatch:
             for i, parents in trees.items():
                 mine, base = slice(starts[i], starts[i] + counts[i]), before[i] + counts[i] - len(parents) - 1
                 positions[mine] = base + np.append(0, depths(parents))[len(parents) + 1 - counts[i] :]
-                bits[mine] = ancestor_bits(parents).view(np.int64)[len(parents) + 1 - counts[i] :]
+                bits[mine] = ancestor_bits(parents)[len(parents) + 1 - counts[i] :]
                 bases[mine] = base
         width = -(-(int((counts + before).max()) + _AHEAD) // size)
         table = np.zeros((len(tables), width), np.int64)

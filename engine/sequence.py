@@ -6,6 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from thornback.algorithms import Agreement, Belief
 from thornback.contracts import KVImport, Request, TokenTree
 
@@ -43,7 +45,18 @@ class Sequence:
     # Hidden states that a draft head has not read: (position of the first, a pass's states, row of the first, number).
     hidden: deque[tuple[int, Any, int, int]] = field(default_factory=lambda: deque(maxlen=_HIDDEN))
     num_drafted_tokens: int = 0  # of which a draft head has read
+    _tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    _num_kept: int = 0  # of `token_ids`, in `_tokens`
     kv: KVImport | None = None  # keys and values that came with the request, until they are in blocks
+
+    def context(self) -> np.ndarray:
+        """`token_ids` as int64 `[T]`, until the next call."""
+        length = len(self.token_ids)
+        if length > len(self._tokens):
+            self._tokens, self._num_kept = np.empty(2 * length, np.int64), 0
+        self._tokens[self._num_kept : length] = self.token_ids[self._num_kept :]
+        self._num_kept = length
+        return self._tokens[:length]
 
     @property
     def num_output_tokens(self) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from thornback.algorithms import Agreement, agreement, best_size, fuse, likelihoods, subtree
+from thornback.algorithms import Agreement, agreement, best_size, fuse, is_tree, likelihoods, subtree
 from thornback.contracts import Retriever, SpeculationConfig, SpeculationStats, TokenTree
 from thornback.engine.drafter import Drafted, Drafter
 from thornback.engine.sequence import Sequence
@@ -292,18 +292,17 @@ class Speculation:
 
     def _retrieve(self, seq: Sequence, config: SpeculationConfig) -> None:
         """Ask the retrievers."""
-        context = np.asarray(seq.token_ids[-config.max_lookback :], np.int32)
+        context = seq.context()[-config.max_lookback :]
         try:
-            seq.retrieved = [retriever.retrieve(context, config.num_nodes) for retriever in self._retrievers]
-            for tree in seq.retrieved:
-                _check(tree, self._vocab_size)
+            trees = (retriever.retrieve(context, config.num_nodes) for retriever in self._retrievers)
+            seq.retrieved = [_checked(tree, self._vocab_size) for tree in trees]
         except Exception as error:
             seq.retrieved = []
             self._give_up(seq, error)
         if not seq.agreements:
             seq.agreements = [Agreement() for _ in self._retrievers]
 
-    def learn(self, seq: Sequence, draft: TokenTree, path: list[int], drawn: list[int]) -> None:
+    def learn(self, seq: Sequence, draft: TokenTree, path: np.ndarray, drawn: np.ndarray) -> None:
         """A draft was verified, and the model went down `path`; `drawn` as in `verify`."""
         self.num_drafts += 1
         self.num_draft_tokens += len(draft)
@@ -311,7 +310,7 @@ class Speculation:
         seq.belief.learn(len(path), float(draft.weights.sum()))
         for depth in range(len(path)):
             self._per_position[depth] += 1
-        said = np.array([drawn[0], *(drawn[node + 1] for node in path)])
+        said = drawn[np.append(0, path + 1)]
         for tree, source in zip(seq.retrieved, seq.agreements, strict=False):
             if len(tree):
                 right, others = agreement(tree.tokens, tree.parents, said)
@@ -321,14 +320,16 @@ class Speculation:
             seq.draft_agreement.learn(right, float(others))
 
 
-def _check(tree: TokenTree, vocab_size: int) -> None:
+def _checked(tree: TokenTree, vocab_size: int) -> TokenTree:
     """Raise `ValueError` for a tree that no model can verify."""
     if not len(tree.tokens) == len(tree.parents) == len(tree.weights):
         raise ValueError("a retriever's tree has columns of different lengths.")
-    if len(tree) and not (tree.tokens.min() >= 0 and tree.tokens.max() < vocab_size):
-        raise ValueError(f"a retriever proposes tokens that a vocabulary of {vocab_size} does not have.")
-    if (tree.parents >= np.arange(len(tree))).any() or (tree.parents < -1).any():
-        raise ValueError("a retriever's tree has nodes before their parents.")
+    if not is_tree(tree.tokens, tree.parents, vocab_size):
+        raise ValueError(
+            "a retriever proposes nodes that stand before their parents, or tokens that a vocabulary of "
+            f"{vocab_size} does not have."
+        )
+    return tree
 
 
 def _timed(run: Callable[[int], None], size: int) -> float:

@@ -251,8 +251,10 @@ class TorchEngine:
         """The nodes of a draft that the model agrees with; their keys and values move to where they belong."""
         seq, draft = turn.seq, turn.draft
         assert draft is not None
-        path = verify(draft.tokens, draft.parents, drawn)
-        self.speculation.learn(seq, draft, path, drawn)
+        tokens = np.array(drawn)
+        accepted = verify(draft.tokens, draft.parents, tokens)
+        self.speculation.learn(seq, draft, accepted, tokens)
+        path = accepted.tolist()
         moved = [(node, i) for i, node in enumerate(path) if node != i]
         if moved:
             size = self.config.block_size
