@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from thornback.data.datastore import Datastore as Datastore
     from thornback.data.datastore import DatastoreInfo as DatastoreInfo
-    from thornback.data.datastore import PromptLookup as PromptLookup
     from thornback.data.datastore import tokenizer_fingerprint as tokenizer_fingerprint
     from thornback.data.demonstrations import Demonstration as Demonstration
     from thornback.data.demonstrations import Flaws as Flaws
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from thornback.data.documents import read_documents as read_documents
     from thornback.data.files import open_location as open_location
     from thornback.data.importing import load_object as load_object
+    from thornback.data.prompt_lookup import PromptLookup as PromptLookup
     from thornback.data.readers import BadRowReport as BadRowReport
     from thornback.data.readers import PromptSet as PromptSet
     from thornback.data.readers import read_prompts as read_prompts
@@ -42,11 +42,12 @@ if TYPE_CHECKING:
 _HOMES = {
     name: module
     for module, names in {
-        "datastore": "Datastore DatastoreInfo PromptLookup tokenizer_fingerprint",
+        "datastore": "Datastore DatastoreInfo tokenizer_fingerprint",
         "demonstrations": "Demonstration Flaws make_demonstrations",
         "documents": "Documents read_documents",
         "files": "open_location",
         "importing": "load_object",
+        "prompt_lookup": "PromptLookup",
         "readers": "BadRowReport PromptSet read_prompts",
         "rewards": "as_reward pick_rewards",
         "scoring": "RuleScorer",

@@ -76,7 +76,7 @@ def test_the_older_half_is_forgotten(batch):
         memory.remember(batch)
     assert len(memory) == 3 * len(batch)
     memory.remember(batch)
-    assert len(batch) <= len(memory) < 2 * len(batch)
+    assert len(batch) < len(memory) < 3 * len(batch)
     assert all(found[0] for found in answers(memory, batch))
 
 

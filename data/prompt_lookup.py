@@ -1,0 +1,17 @@
+"""Prompt lookup: guesses from the sequence itself (RASD, papers.md section 3)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from thornback.contracts import TokenTree
+from thornback.data.lookup import look_back
+
+
+class PromptLookup:
+    """A `Retriever` over the context itself: what followed the same tokens earlier in it."""
+
+    def retrieve(self, context: np.ndarray, num_nodes: int) -> TokenTree:
+        if not len(context):
+            return TokenTree.empty()
+        return TokenTree(*look_back(np.ascontiguousarray(context, np.int64), num_nodes))
