@@ -3,6 +3,7 @@
 from thornback.algorithms.advantages import ANCHORED, ESTIMATORS, Advantages, GroupRewards
 from thornback.algorithms.alignment import align_runs, runs_of
 from thornback.algorithms.difficulty import fate
+from thornback.algorithms.forests import agree_all, choose, fuse_all, verify_all
 from thornback.algorithms.growth import Growth, Level
 from thornback.algorithms.segments import SegmentAllocator
 from thornback.algorithms.speculation import Agreement, Belief, best_size
@@ -13,7 +14,6 @@ from thornback.algorithms.trees import (
     fuse,
     is_tree,
     likelihoods,
-    subtree,
     verify,
 )
 
@@ -28,16 +28,19 @@ __all__ = [
     "Growth",
     "Level",
     "SegmentAllocator",
+    "agree_all",
     "agreement",
     "align_runs",
     "ancestor_bits",
     "best_size",
+    "choose",
     "depths",
     "fate",
     "fuse",
+    "fuse_all",
     "is_tree",
     "likelihoods",
     "runs_of",
-    "subtree",
     "verify",
+    "verify_all",
 ]

@@ -1,10 +1,11 @@
 """How much to guess: the size of draft trees by what a pass costs and by how often guesses were right (ours)."""
 
+# mypy: disable-error-code="no-untyped-def, misc"
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
+from thornback.algorithms.compiled import compiled
 
 # How often a retrieved token is right before anything is known of a sequence, by how long the match was: so often
 # where that is not known, or short; with a long one, this much is left of the doubt. So many guesses that counts for.
@@ -53,16 +54,23 @@ class Belief:
         self.promised = _MEMORY * self.promised + promised
 
 
-def best_size(likely: np.ndarray, num_sequences: int, num_tokens: int, seconds: np.ndarray, sizes: np.ndarray) -> int:
+@compiled
+def best_size(likely, num_sequences, num_tokens, seconds, sizes):
     """How many of the nodes, whose chances are `likely` `[N]` from the best down, a pass should verify: as many as give
     the most tokens a second.
 
     The pass draws for `num_sequences` sequences and carries `num_tokens` tokens anyway; `seconds` `[S]` is what passes
     of `sizes` `[S]` tokens take, ascending; what is between them is interpolated, what is beyond is extended.
     """
-    counts = np.arange(len(likely) + 1)
-    gained = num_sequences + np.append(0.0, np.cumsum(likely))
-    total = num_tokens + counts
-    slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
-    taken = np.interp(total, sizes, seconds) + np.maximum(0, total - sizes[-1]) * slope
-    return int(np.argmax(gained / taken))
+    best, best_rate, gained, at = 0, 0.0, float(num_sequences), 0
+    for count in range(len(likely) + 1):
+        if count:
+            gained += likely[count - 1]
+        total = num_tokens + count
+        while at + 2 < len(sizes) and sizes[at + 1] < total:
+            at += 1
+        share = max(0.0, (total - sizes[at]) / (sizes[at + 1] - sizes[at]))
+        rate = gained / (seconds[at] + share * (seconds[at + 1] - seconds[at]))
+        if rate > best_rate:
+            best, best_rate = count, rate
+    return best

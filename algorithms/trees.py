@@ -13,13 +13,6 @@ import numpy as np
 from thornback.algorithms.compiled import compiled
 
 
-def subtree(tokens: np.ndarray, parents: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and parents of the nodes `kept`, in order, which must hold their own ancestors."""
-    place = np.full(len(parents) + 1, -1)
-    place[kept] = np.arange(len(kept))
-    return tokens[kept], place[parents[kept]].astype(np.int32)  # place[-1] is -1
-
-
 @compiled
 def likelihoods(tokens, parents, weights, rate, first, least):
     """How likely each node of a retrieved tree is right, float32 `[N]`, by its share of the continuations, and by how

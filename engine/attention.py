@@ -17,13 +17,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from thornback.algorithms import ancestor_bits, depths
 from thornback.contracts import ModelError
 from thornback.engine import kernels
+from thornback.engine.layout import NO_TREE, lay_out, place
 from thornback.engine.paged_attention import PagedTokens, paged_attention
 
 ATTENTION_NAME = "thornback"
-NO_TREE = 1 << 40  # a base behind every key
 _AHEAD = 128  # tokens for whose blocks a table has room, so that coming passes can go on with it
 _FEW = 256  # new tokens of a sequence below which gathering its keys costs more than torch's faster kernel wins
 
@@ -138,25 +137,16 @@ class PagedBatch:
         """Sequence i brings `lengths[i]` new tokens, packed in this order, after `contexts[i]` earlier ones, over the
         blocks `tables[i]`. Where it is in `trees`, its last tokens, earlier or new, are a draft tree with these
         parents: they lie in the pool one after the other, but stand, and see each other, as the tree says."""
-        size = pool.shape[4]
+        size, trees = pool.shape[4], trees or {}
         counts, before = np.array(lengths), np.array(contexts)
-        starts = np.cumsum(counts) - counts
-        owners = np.repeat(np.arange(len(counts)), counts)
-        places = np.arange(len(owners))
-        rows = places + (before - starts)[owners]  # where keys lie in their sequence
-        positions, bases, bits = rows, np.full(len(rows), NO_TREE), np.zeros(len(rows), np.int64)
-        if trees:
-            positions = rows.copy()
-            for i, parents in trees.items():
-                mine, base = slice(starts[i], starts[i] + counts[i]), before[i] + counts[i] - len(parents) - 1
-                positions[mine] = base + np.append(0, depths(parents))[len(parents) + 1 - counts[i] :]
-                bits[mine] = ancestor_bits(parents)[len(parents) + 1 - counts[i] :]
-                bases[mine] = base
+        parents = np.concatenate([np.empty(0, np.int32), *(trees[i] for i in sorted(trees))])
+        stops = np.cumsum([len(trees[i]) if i in trees else 0 for i in range(len(counts))])
+        owners, *places = lay_out(counts, before, parents, stops)
         width = -(-(int((counts + before).max()) + _AHEAD) // size)
         table = np.zeros((len(tables), width), np.int64)
         for row, blocks in zip(table, tables, strict=True):
             row[: len(blocks)] = blocks[: len(row)]
-        return cls.of_nodes(pool, owners, table, rows, positions, bases, bits)
+        return cls.of_nodes(pool, owners, table, *places)
 
     @classmethod
     def of_nodes(
@@ -173,14 +163,16 @@ class PagedBatch:
         its keys at `rows` of its sequence, one after the other, and stands at `positions`. It sees what is up to its
         own row; but from `bases` on only what its `bits` name (`NO_TREE`: everything)."""
         _, layers, _, kv_heads, size, _ = pool.shape
-        counts = np.bincount(owners, minlength=len(table))
-        slots = table[owners, rows // size] * (layers * 2 * kv_heads * size) + rows % size
+        slots, counts, seen = place(owners, rows, table, layers * 2 * kv_heads * size, size, kv_heads)
         few = counts < (_FEW if kernels.usable(pool) else 0)
         direct, groups = None, []
         if few.any():
-            tokens = np.arange(len(owners)) if few.all() else np.flatnonzero(few[owners])
-            arrays = (tokens, owners[tokens], rows[tokens] + 1, bases[tokens], bits[tokens], table)
-            direct = PagedTokens(*map(torch.from_numpy, arrays))
+            arrays = owners, seen, bases, bits
+            tokens = np.arange(len(owners))
+            if not few.all():
+                tokens = tokens[few[owners]]
+                arrays = tuple(array[tokens] for array in arrays)
+            direct = PagedTokens(*map(torch.from_numpy, (tokens, *arrays, table)))
         if not few.all():
             starts = np.cumsum(counts) - counts
             before = rows[np.minimum(starts, len(rows) - 1)]
@@ -195,7 +187,7 @@ class PagedBatch:
         return cls(
             pool,
             torch.from_numpy(positions).to(pool.device),
-            torch.from_numpy((slots[:, None] + np.arange(kv_heads) * size).ravel()).to(pool.device),
+            torch.from_numpy(slots).to(pool.device),
             groups,
             direct,
         )

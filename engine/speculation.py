@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from thornback.algorithms import Agreement, agreement, best_size, fuse, is_tree, likelihoods, subtree
+from thornback.algorithms import (
+    Agreement,
+    agree_all,
+    choose,
+    fuse_all,
+    is_tree,
+    likelihoods,
+    verify_all,
+)
 from thornback.contracts import Retriever, SpeculationConfig, SpeculationStats, TokenTree
 from thornback.engine.drafter import Drafted, Drafter
 from thornback.engine.sequence import Sequence
@@ -23,16 +31,34 @@ _JUDGES = 0.6  # how often a draft must be right to judge what others say
 _RUN, _PERIOD = 8, 256  # so many passes in a row try the other way, once in so many
 _TRIALS, _TRY_AGAIN = 4, 48  # so many passes with and without a draft before they are compared; one in so many tries
 _PROMISES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of accepted tokens a sequence, between which passes are compared
+_CHANCES = -1.0  # in place of a rate: weights are chances already
+_Tree = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens int32, parents int32, and chances or weights float32
+_NO_TREE: _Tree = (np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 _LEAST_PROMISE = 0.05  # accepted tokens a sequence for which a draft looks deeper, where its costs are not measured
 
 
 @dataclass(slots=True)
-class _Guess:
-    """A tree for a sequence, with each node's chance of being accepted."""
+class _Guesses:
+    """A tree for each of some sequences, one behind the other, up to `stops` `[S]`: int32, int32, and each node's
+    chance of being accepted, float32."""
 
-    seq: Sequence
-    tree: TokenTree
+    sequences: list[Sequence]
+    tokens: np.ndarray
+    parents: np.ndarray
     chances: np.ndarray
+    stops: np.ndarray
+
+    def beliefs(self) -> np.ndarray:
+        """What chances are worth, of each sequence's tree."""
+        return np.array([seq.belief.factor for seq in self.sequences])
+
+    def propose(self) -> None:
+        """Let these trees be verified."""
+        start = 0
+        for seq, stop in zip(self.sequences, self.stops.tolist(), strict=True):
+            if stop > start:
+                seq.draft = TokenTree(self.tokens[start:stop], self.parents[start:stop], self.chances[start:stop])
+            start = stop
 
 
 class _Load:
@@ -122,7 +148,7 @@ class Speculation:
         self._worth: _Worth | None = None
         self._started = 0.0
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = self.num_failures = 0
-        self._per_position = [0] * config.num_nodes if self._config and config else []
+        self._per_position = np.zeros(config.num_nodes if config else 0, np.int64)
 
     @property
     def stats(self) -> SpeculationStats | None:
@@ -130,7 +156,7 @@ class Speculation:
         if self._config is None:
             return None
         counts = (self.num_drafts, self.num_draft_tokens, self.num_accepted_tokens, self.num_failures)
-        return SpeculationStats(*counts, tuple(self._per_position))
+        return SpeculationStats(*counts, tuple(self._per_position.tolist()))
 
     def measure(self, run: Callable[[int], None], max_tokens: int) -> None:
         """Learn what passes cost: `run(n)` is one of n tokens."""
@@ -175,8 +201,7 @@ class Speculation:
         able = [s for s in sequences if s.grammar is None and s.speculates]
         eligible = [s for s in able if len(s.token_ids) - s.num_computed_tokens == 1]
         if not self._config.adaptive:
-            for guess in self._guess_all(eligible, self._config):
-                guess.seq.draft = guess.tree
+            self._guess(eligible, self._config).propose()
             return
         repeatable = bool(self._config.costs)
         load = self._loads.setdefault(0 if repeatable else len(sequences).bit_length(), _Load(repeatable))
@@ -184,7 +209,8 @@ class Speculation:
         self._load = load if len(sequences) == num_tokens else None  # rates are those of passes that only decode
         self._started = time.perf_counter()
         if load.drafts:
-            self._choose(self._guess_all(eligible, self._config), len(sequences), num_tokens)
+            guesses = self._guess(eligible, self._config)
+            self._chosen(guesses, len(sequences), num_tokens).propose()
         for seq in eligible:
             if seq.draft is None:
                 for source in seq.agreements:
@@ -199,36 +225,27 @@ class Speculation:
                 self._worth.observe(num_tokens, seconds)
         self._load = self._worth = None
 
-    def _choose(self, guesses: list[_Guess], num_sequences: int, num_tokens: int) -> None:
+    def _chosen(self, guesses: _Guesses, num_sequences: int, num_tokens: int) -> _Guesses:
         """The best nodes of all guesses together: as many as make the pass give the most tokens a second."""
-        if not guesses:
-            return
-        every = np.concatenate([guess.chances for guess in guesses])
-        order = np.argsort(-every, kind="stable")
-        size = best_size(every[order], num_sequences, num_tokens, self._seconds, self._sizes)
-        kept, start = np.zeros(len(every), bool), 0
-        kept[order[:size]] = True  # a child is never likelier than its parent, and comes after it
-        for guess in guesses:
-            mine = np.flatnonzero(kept[start : start + len(guess.chances)])
-            start += len(guess.chances)
-            if len(mine):
-                tokens, parents = subtree(guess.tree.tokens, guess.tree.parents, mine)
-                guess.seq.draft = TokenTree(tokens, parents, guess.tree.weights[mine])
+        columns = guesses.tokens, guesses.parents, guesses.chances, guesses.stops
+        costs = self._seconds, self._sizes
+        return _Guesses(guesses.sequences, *choose(*columns, guesses.beliefs(), num_sequences, num_tokens, *costs))
 
-    def _guess_all(self, sequences: list[Sequence], config: SpeculationConfig) -> list[_Guess]:
+    def _guess(self, sequences: list[Sequence], config: SpeculationConfig) -> _Guesses:
         able = []
         for seq in sequences:
             if self._left(seq) > 1:
                 self._retrieve(seq, config)
                 if seq.speculates:
                     able.append(seq)
-        guesses = [self._guess(seq, None, config) for seq in able]
+        guesses = self._fused(able, [None] * len(able), config)
         if self._drafter is not None and able:
-            promise = sum(guess.chances.sum() for guess in guesses if guess is not None) / len(able)
+            beliefs = np.repeat(guesses.beliefs(), np.diff(guesses.stops, prepend=0))
+            promise = float(np.minimum(guesses.chances * beliefs, 1.0).sum()) / len(able)
             if self._drafts(len(able), promise, config):
                 drafts = self._draft(able, self._least_promise(len(able), config))
-                guesses = [self._guess(seq, draft, config) for seq, draft in zip(able, drafts, strict=True)]
-        return [guess for guess in guesses if guess is not None]
+                guesses = self._fused(able, drafts, config)
+        return guesses
 
     def _drafts(self, num_sequences: int, promise: float, config: SpeculationConfig) -> bool:
         """Whether to ask the draft head, where retrieval promises so many accepted tokens a sequence."""
@@ -247,7 +264,7 @@ class Speculation:
             return _LEAST_PROMISE * num_sequences
         return self._drafter.level_seconds(num_sequences) * self._load.rate
 
-    def _draft(self, sequences: list[Sequence], least_promise: float) -> Iterable[Drafted | None]:
+    def _draft(self, sequences: list[Sequence], least_promise: float) -> list[Drafted | None]:
         """What the draft head says. If it fails, its sequences go on without guesses."""
         assert self._drafter is not None
         try:
@@ -267,28 +284,29 @@ class Speculation:
         """How many tokens may still be drawn."""
         return min(seq.request.sampling.max_tokens - seq.num_output_tokens, self._max_model_len - len(seq.token_ids))
 
-    def _guess(self, seq: Sequence, draft: Drafted | None, config: SpeculationConfig) -> _Guess | None:
-        """What all sources say, as one tree."""
-        if not seq.speculates:
-            return None
-        seq.drafted = None if draft is None else draft.tree
-        sources = [] if draft is None else [draft.tree]
-        for tree, source in zip(seq.retrieved, seq.agreements, strict=True):
-            if not len(tree):
-                continue
-            rate = source.rate(tree.match_length)
-            first, least = np.empty(0, np.float32), 0.0
-            if draft is not None and seq.draft_agreement.rate() > _JUDGES:
-                first, least = draft.chances(tree.tokens[tree.parents < 0]), min(draft.least, _LIKELY)
-            likely = likelihoods(tree.tokens, tree.parents, tree.weights, rate, first, least)
-            sources.append((tree.tokens, tree.parents, likely))
-        if not sources:
-            return None
-        columns = [np.concatenate(column) for column in zip(*sources, strict=True)]
-        stops = np.cumsum([len(source[0]) for source in sources])
-        tokens, parents, likely = fuse(*columns, stops, config.num_nodes, self._left(seq) - 1)
-        believed = np.minimum(likely * np.float32(seq.belief.factor), 1.0)
-        return _Guess(seq, TokenTree(tokens, parents, likely), believed) if len(tokens) else None
+    def _fused(self, sequences: list[Sequence], drafts: list[Drafted | None], config: SpeculationConfig) -> _Guesses:
+        """What all sources say of each sequence, as one tree."""
+        sources: list[_Tree] = []
+        rates: list[float] = []
+        stops: list[int] = []
+        for seq, draft in zip(sequences, drafts, strict=True):
+            seq.drafted = None if draft is None else draft.tree
+            if draft is not None:
+                sources.append(draft.tree)
+                rates.append(_CHANCES)
+            judges = draft is not None and seq.draft_agreement.rate() > _JUDGES
+            for tree, source in zip(seq.retrieved, seq.agreements, strict=True) if seq.speculates else ():
+                rate, weights = source.rate(tree.match_length), tree.weights
+                if draft is not None and judges:
+                    first = draft.chances(tree.tokens[tree.parents < 0])
+                    least = min(draft.least, _LIKELY)
+                    rate, weights = _CHANCES, likelihoods(tree.tokens, tree.parents, weights, rate, first, least)
+                sources.append((tree.tokens, tree.parents, weights))
+                rates.append(rate)
+            stops.append(len(sources))
+        columns, ends = _end_to_end(sources)
+        limits = config.num_nodes, np.array([self._left(seq) - 1 for seq in sequences], np.int64)
+        return _Guesses(sequences, *fuse_all(*columns, np.array(rates), ends, np.array(stops, np.int64), *limits))
 
     def _retrieve(self, seq: Sequence, config: SpeculationConfig) -> None:
         """Ask the retrievers."""
@@ -302,28 +320,58 @@ class Speculation:
         if not seq.agreements:
             seq.agreements = [Agreement() for _ in self._retrievers]
 
-    def learn(self, seq: Sequence, draft: TokenTree, path: np.ndarray, drawn: np.ndarray) -> None:
-        """A draft was verified, and the model went down `path`; `drawn` as in `verify`."""
-        self.num_drafts += 1
-        self.num_draft_tokens += len(draft)
-        self.num_accepted_tokens += len(path)
-        seq.belief.learn(len(path), float(draft.weights.sum()))
-        for depth in range(len(path)):
-            self._per_position[depth] += 1
-        said = drawn[np.append(0, path + 1)]
-        for tree, source in zip(seq.retrieved, seq.agreements, strict=False):
-            if len(tree):
-                right, others = agreement(tree.tokens, tree.parents, said)
-                source.learn(right, float(others))
-        if seq.drafted is not None:
-            right, others = agreement(seq.drafted[0], seq.drafted[1], said)
-            seq.draft_agreement.learn(right, float(others))
+    def settle(self, drafts: list[tuple[Sequence, TokenTree]], drawn: np.ndarray, rows: list[int]) -> list[list[int]]:
+        """The nodes of each sequence's draft that the model agrees with, from the root down. What it drew after the
+        sequence's last token is at its row of `drawn`; what it drew after the draft's nodes follows."""
+        (tokens, parents, chances), stops = _end_to_end([(t.tokens, t.parents, t.weights) for _, t in drafts])
+        at = np.array(rows, np.int64)
+        paths, ends = verify_all(tokens, parents, stops, drawn, at)
+        self._learn([seq for seq, _ in drafts], (drawn, at, paths, ends))
+        found: list[list[int]] = []
+        start = first = 0
+        for (seq, tree), stop, end in zip(drafts, stops.tolist(), ends.tolist(), strict=True):
+            found.append(paths[first:end].tolist())
+            seq.belief.learn(end - first, float(chances[start:stop].sum()))
+            self.num_draft_tokens += len(tree)
+            self.num_accepted_tokens += end - first
+            self._per_position[: end - first] += 1
+            start, first = stop, end
+        self.num_drafts += len(drafts)
+        return found
+
+    def _learn(self, sequences: list[Sequence], said: tuple[np.ndarray, ...]) -> None:
+        """How far each source went along with what was said: see `agree_all`."""
+        sources: list[_Tree] = []
+        learners: list[Agreement] = []
+        counts: list[int] = []
+        for seq in sequences:
+            for tree, agreement in zip(seq.retrieved, seq.agreements, strict=False):
+                if len(tree):
+                    sources.append((tree.tokens, tree.parents, tree.weights))
+                    learners.append(agreement)
+            if seq.drafted is not None:
+                sources.append(seq.drafted)
+                learners.append(seq.draft_agreement)
+            counts.append(len(sources))
+        (tokens, parents, _), stops = _end_to_end(sources)
+        results = agree_all(tokens, parents, stops, np.array(counts, np.int64), *said)
+        for learner, (right, others) in zip(learners, results.tolist(), strict=True):
+            learner.learn(right, float(others))
+
+
+def _end_to_end(trees: list[_Tree]) -> tuple[_Tree, np.ndarray]:
+    """All trees in one's columns, and where each ends, int64."""
+    tokens, parents, weights = (np.concatenate(column) for column in zip(_NO_TREE, *trees, strict=True))
+    return (tokens, parents, weights), np.cumsum([len(tree[0]) for tree in trees], dtype=np.int64)
 
 
 def _checked(tree: TokenTree, vocab_size: int) -> TokenTree:
     """Raise `ValueError` for a tree that no model can verify."""
     if not len(tree.tokens) == len(tree.parents) == len(tree.weights):
         raise ValueError("a retriever's tree has columns of different lengths.")
+    if not (tree.tokens.dtype == tree.parents.dtype == np.int32 and tree.weights.dtype == np.float32):
+        columns = (np.asarray(tree.tokens, np.int32), np.asarray(tree.parents, np.int32))
+        tree = TokenTree(*columns, np.asarray(tree.weights, np.float32), tree.match_length)
     if not is_tree(tree.tokens, tree.parents, vocab_size):
         raise ValueError(
             "a retriever proposes nodes that stand before their parents, or tokens that a vocabulary of "

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from xgrammar import GrammarMatcher
 
-from thornback.algorithms import depths, runs_of, verify
+from thornback.algorithms import depths, runs_of
 from thornback.contracts import (
     BlockRun,
     ConfigError,
@@ -52,6 +52,8 @@ class _Turn:
     row: int
     draft: TokenTree | None = None
     end: int = 0  # behind its tokens in the pass, the draft's included
+    at: int = 0  # its first draw
+    path: list[int] = field(default_factory=list)  # the draft's nodes that the model agrees with
 
 
 def _rows_of(turns: list[_Turn]) -> tuple[list[Sequence], list[int], list[int]]:
@@ -60,6 +62,7 @@ def _rows_of(turns: list[_Turn]) -> tuple[list[Sequence], list[int], list[int]]:
     rows: list[int] = []
     ahead: list[int] = []
     for turn in turns:
+        turn.at = len(rows)
         sequences.append(turn.seq)
         rows.append(turn.row)
         ahead.append(0)
@@ -239,34 +242,29 @@ class TorchEngine:
         sequences, rows, ahead = _rows_of(turns)
         picked = logits if rows == list(range(len(logits))) else logits[torch.tensor(rows, device=logits.device)]
         sampled = self.runner.draw(picked, sequences, ahead, self._grammars)
-        outputs, at = [], 0
-        for turn in turns:
-            path = [] if turn.draft is None else self._settle(turn, sampled.tokens[at : at + 1 + len(turn.draft)])
-            outputs.append(self._advance(turn.seq, [at, *(at + 1 + node for node in path)], sampled))
-            at += 1 + (0 if turn.draft is None else len(turn.draft))
+        self._settle([turn for turn in turns if turn.draft is not None], sampled.tokens)
+        outputs = [self._advance(turn.seq, [turn.at, *(turn.at + 1 + n for n in turn.path)], sampled) for turn in turns]
         self.speculation.observe(sum(len(output.token_ids) for output in outputs))
         return outputs
 
-    def _settle(self, turn: _Turn, drawn: list[int]) -> list[int]:
-        """The nodes of a draft that the model agrees with; their keys and values move to where they belong."""
-        seq, draft = turn.seq, turn.draft
-        assert draft is not None
-        tokens = np.array(drawn)
-        accepted = verify(draft.tokens, draft.parents, tokens)
-        self.speculation.learn(seq, draft, accepted, tokens)
-        path = accepted.tolist()
-        moved = [(node, i) for i, node in enumerate(path) if node != i]
-        if moved:
-            size = self.config.block_size
-            places = np.asarray(moved, np.int64).T + seq.num_computed_tokens
-            sources, targets = np.asarray(seq.block_table, np.int64)[places // size] * size + places % size
-            self.pool.move_tokens(sources, targets)
-        if self.drafter is not None:
-            first = turn.end - len(draft)
+    def _settle(self, turns: list[_Turn], drawn: list[int]) -> None:
+        """Find the nodes of each draft that the model agrees with; their keys and values move to where they belong."""
+        if not turns:
+            return
+        drafts = [(turn.seq, turn.draft) for turn in turns if turn.draft is not None]
+        paths = self.speculation.settle(drafts, np.array(drawn), [turn.at for turn in turns])
+        size, sources, targets = self.config.block_size, [], []
+        for turn, (seq, draft), path in zip(turns, drafts, paths, strict=True):
+            turn.path, start, table = path, seq.num_computed_tokens, seq.block_table
             for i, node in enumerate(path):
-                seq.hidden.append((seq.num_computed_tokens + i, self.runner.hidden, first + node, 1))
-        seq.num_computed_tokens += len(path)
-        return path
+                if node != i:
+                    sources.append(table[(start + node) // size] * size + (start + node) % size)
+                    targets.append(table[(start + i) // size] * size + (start + i) % size)
+                if self.drafter is not None:
+                    seq.hidden.append((start + i, self.runner.hidden, turn.end - len(draft) + node, 1))
+            seq.num_computed_tokens += len(path)
+        if sources:
+            self.pool.move_tokens(np.array(sources), np.array(targets))
 
     def _fork(self, seq: Sequence) -> Iterable[Sequence]:
         """The prompt is computed: the other samples share its full blocks and get a copy of the last, part-filled

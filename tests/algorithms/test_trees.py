@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thornback.algorithms import agreement, ancestor_bits, depths, fuse, likelihoods, subtree, verify
+from thornback.algorithms import agreement, ancestor_bits, depths, fuse, likelihoods, verify
 
 ALL = 1 << 20
 NOTHING = np.empty(0, np.float32)
@@ -112,14 +112,6 @@ def test_agreement_is_how_far_a_tree_goes_along(trie, said) -> None:
     assert right == len(path)
     end = path[-1] if path else -1
     assert others == (right < len(said) and bool((parents == end).any()))
-
-
-@given(tries(), st.data())
-def test_a_subtree_keeps_its_shape(trie, data) -> None:
-    tokens, parents, _, _ = trie
-    wanted = data.draw(st.sets(st.integers(0, max(len(tokens) - 1, 0)))) if len(tokens) else set()
-    kept = sorted({int(a) for node in wanted for a in _line(parents, node)})
-    check_shape(*subtree(tokens, parents, np.array(kept, np.int64)))
 
 
 def _line(parents, node):

@@ -1,0 +1,51 @@
+"""Where the tokens of a pass lie in the pool, where they stand, and what they see: loops over a few small arrays."""
+
+# mypy: disable-error-code="no-untyped-def, misc"
+from __future__ import annotations
+
+import numpy as np
+
+from thornback.algorithms.compiled import compiled
+from thornback.algorithms.trees import ancestor_bits, depths
+
+NO_TREE = 1 << 40  # a base behind every key
+
+
+@compiled
+def lay_out(counts, before, parents, stops):
+    """Owners, rows, positions, bases and bits `[T]` of the tokens of sequences that bring `counts` `[B]` each, after
+    `before` `[B]` earlier ones, as `PagedBatch.of_nodes` takes them. A sequence's last tokens are a tree, where it has
+    one: under the token before them, with the `parents` up to `stops` `[B]`; trees lie one behind the other."""
+    size = counts.sum()
+    out = np.empty((5, size), np.int64)
+    owners, rows, positions, bases, bits = out[0], out[1], out[2], out[3], out[4]
+    first, at = 0, 0
+    for s in range(len(counts)):
+        nodes = stops[s] - first
+        depth, seen = depths(parents[first : stops[s]]), ancestor_bits(parents[first : stops[s]])
+        base = before[s] + counts[s] - nodes - 1
+        for i in range(counts[s]):
+            row = before[s] + i
+            owners[at], rows[at] = s, row
+            if nodes:
+                node = row - base - 1  # -1: the token under the tree
+                positions[at] = base + (depth[node] if node >= 0 else 0)
+                bases[at], bits[at] = base, seen[node + 1]
+            else:
+                positions[at], bases[at], bits[at] = row, NO_TREE, 0
+            at += 1
+        first = stops[s]
+    return owners, rows, positions, bases, bits
+
+
+@compiled
+def place(owners, rows, table, strides, size, heads):
+    """Where the keys of layer 0 of each token go, head by head, in a pool whose blocks are `strides` rows apart: int64
+    `[T * heads]`; how many tokens each row of `table` has; and the lengths `[T]` of what they see."""
+    slots, counts = np.empty(len(owners) * heads, np.int64), np.zeros(len(table), np.int64)
+    for t in range(len(owners)):
+        first = table[owners[t], rows[t] // size] * strides + rows[t] % size
+        for head in range(heads):
+            slots[t * heads + head] = first + head * size
+        counts[owners[t]] += 1
+    return slots, counts, rows + 1
