@@ -93,7 +93,7 @@ class _Running:
         for name in (k for k, v in peer.environment.items() if v is None):
             environment.pop(name, None)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", peer.target, json.dumps(dict(peer.settings)), str(write)],
+            [sys.executable, "-m", "benchmarks.worker", peer.target, str(write)],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -105,19 +105,21 @@ class _Running:
         self._answers: BinaryIO = os.fdopen(read, "rb", buffering=0)
         self._pending = b""
         try:
+            self._say(json.dumps(dict(peer.settings)))
             self._answer(START_SECONDS, "starting")
         except BaseException:
             self.stop()
             raise
 
     def turn(self) -> dict[str, float]:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(b"go\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is dead: what it leaves to read says so
+        self._say("go")
         return self._answer(TURN_SECONDS, "taking its turn")
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is dead: what it leaves to read says so
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
 
     def _answer(self, seconds: float, doing: str) -> dict[str, float]:
         deadline = time.monotonic() + seconds

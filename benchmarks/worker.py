@@ -1,4 +1,5 @@
-"""The other end of the harness: one peer's process, `python -m benchmarks.worker module:function SETTINGS FD`.
+"""The other end of the harness: one peer's process, `python -m benchmarks.worker module:function FD`, with its
+settings as the first line of its input.
 
 The function gets a `TurnTaker` and its settings; it makes itself ready and then works turn by turn:
 
@@ -40,9 +41,9 @@ class TurnTaker:
 
 
 def main() -> None:
-    target, settings, answers = sys.argv[1:]
+    target, answers = sys.argv[1:]
     module, _, function = target.partition(":")
-    getattr(importlib.import_module(module), function)(TurnTaker(int(answers)), **json.loads(settings))
+    getattr(importlib.import_module(module), function)(TurnTaker(int(answers)), **json.loads(sys.stdin.readline()))
 
 
 if __name__ == "__main__":

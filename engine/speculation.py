@@ -31,6 +31,7 @@ _JUDGES = 0.6  # how often a draft must be right to judge what others say
 _RUN, _PERIOD = 8, 256  # so many passes in a row try the other way, once in so many
 _TRIALS, _TRY_AGAIN = 4, 48  # so many passes with and without a draft before they are compared; one in so many tries
 _PROMISES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of accepted tokens a sequence, between which passes are compared
+TRIAL_NODES = 4  # of trees that are only tried, to see what a step takes
 _CHANCES = -1.0  # in place of a rate: weights are chances already
 _Tree = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens int32, parents int32, and chances or weights float32
 _NO_TREE: _Tree = (np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
@@ -141,7 +142,8 @@ class Speculation:
         self._config = config if retrievers or drafter else None
         self._retrievers, self._drafter = retrievers, drafter
         self._max_model_len, self._vocab_size = max_model_len, vocab_size
-        self._sizes = self._seconds = np.empty(0)
+        # What passes of so many tokens take, and for each sequence in them besides.
+        self._sizes, self._seconds, self._of_sequence = np.empty(0), np.empty(0), 0.0
         self._loads: dict[int, _Load] = {}  # by the number of sequences, in powers of two
         self._load: _Load | None = None
         self._worths: dict[tuple[int, int], _Worth] = {}  # by that, and by what retrieval promises
@@ -165,26 +167,47 @@ class Speculation:
         if self._config.costs:
             self.fix_costs(self._config.costs)
             return
-        self._sizes = np.array([n for n in _SIZES if n <= max(2, max_tokens)])
-        seconds = np.full(len(self._sizes), np.inf)
+        sizes = np.array([n for n in _SIZES if n <= max(2, max_tokens)])
+        seconds = np.full(len(sizes), np.inf)
         started, rounds = time.perf_counter(), 0
         # Round after round, so that what disturbs the machine for a while does not meet one size alone.
         while rounds < _LEAST or (rounds < _MOST and time.perf_counter() - started < _MEASURE_SECONDS):
-            seconds = np.minimum(seconds, [_timed(run, int(n)) for n in self._sizes])
+            seconds = np.minimum(seconds, [_timed(run, int(n)) for n in sizes])
             rounds += 1
         # A pass can take no longer than one of more tokens.
-        self._seconds = np.minimum.accumulate(seconds[::-1])[::-1]
+        self._sizes, self._seconds = sizes, np.minimum.accumulate(seconds[::-1])[::-1]
+        self._of_sequence = 0.0
+
+    def trial(self) -> Speculation | None:
+        """What guesses as this does, but always, and without a draft head, whose time is counted apart: to learn what a
+        step takes besides its pass. None where that is not asked for, or known."""
+        if self._config is None or not self._config.adaptive or self._config.costs:
+            return None
+        config = replace(self._config, adaptive=False, max_sequences=None, num_nodes=TRIAL_NODES)
+        return Speculation(config, (*self._retrievers, _Nonsense()), None, self._max_model_len, self._vocab_size)
+
+    def add_overhead(self, steps: dict[int, float]) -> None:
+        """`steps[n]`: the seconds of a step of the `trial` with n sequences, `TRIAL_NODES` nodes each."""
+        numbers = np.array(sorted(steps))
+        passes = np.interp(numbers * (1 + TRIAL_NODES), self._sizes, self._seconds)
+        overheads = np.maximum(0.0, [steps[n] for n in numbers] - passes)
+        if len(numbers) > 1:
+            self._of_sequence = max(0.0, (overheads[-1] - overheads[0]) / (numbers[-1] - numbers[0]))
+        self._seconds = self._seconds + max(0.0, overheads[0] - numbers[0] * self._of_sequence)
 
     @property
     def costs(self) -> tuple[tuple[int, float], ...]:
         """What passes cost, as (tokens, seconds): given or measured. Empty where nobody asks for it."""
-        return tuple((int(n), float(seconds)) for n, seconds in zip(self._sizes, self._seconds, strict=True))
+        passes = zip(self._sizes, self._seconds, strict=True)
+        of_sequence = ((0, self._of_sequence),) if len(self._sizes) else ()
+        return (*of_sequence, *((int(n), float(seconds)) for n, seconds in passes))
 
     def fix_costs(self, costs: tuple[tuple[int, float], ...]) -> None:
         """From now on passes cost this, whatever they take: see `SpeculationConfig.costs`."""
         if self._config is not None:
             self._config = replace(self._config, costs=costs)
-            self._sizes, self._seconds = np.asarray(costs, np.float64).T
+            self._of_sequence = dict(costs).get(0, 0.0)
+            self._sizes, self._seconds = np.array([cost for cost in costs if cost[0]]).T.copy()
             self._loads.clear()
             self._worths.clear()
 
@@ -228,7 +251,7 @@ class Speculation:
     def _chosen(self, guesses: _Guesses, num_sequences: int, num_tokens: int) -> _Guesses:
         """The best nodes of all guesses together: as many as make the pass give the most tokens a second."""
         columns = guesses.tokens, guesses.parents, guesses.chances, guesses.stops
-        costs = self._seconds, self._sizes
+        costs = self._seconds + num_sequences * self._of_sequence, self._sizes
         return _Guesses(guesses.sequences, *choose(*columns, guesses.beliefs(), num_sequences, num_tokens, *costs))
 
     def _guess(self, sequences: list[Sequence], config: SpeculationConfig) -> _Guesses:
@@ -357,6 +380,14 @@ class Speculation:
         results = agree_all(tokens, parents, stops, np.array(counts, np.int64), *said)
         for learner, (right, others) in zip(learners, results.tolist(), strict=True):
             learner.learn(right, float(others))
+
+
+class _Nonsense:
+    """A retriever that is always there, and nearly always wrong."""
+
+    def retrieve(self, context: np.ndarray, num_nodes: int) -> TokenTree:
+        chain = np.arange(num_nodes, dtype=np.int32)
+        return TokenTree(0 * chain, chain - 1, np.ones(num_nodes, np.float32))
 
 
 def _end_to_end(trees: list[_Tree]) -> tuple[_Tree, np.ndarray]:

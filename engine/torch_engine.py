@@ -27,6 +27,7 @@ from thornback.contracts import (
     Output,
     Request,
     Retriever,
+    SamplingParams,
     TokenTree,
     WeightView,
 )
@@ -42,6 +43,8 @@ from thornback.engine.sequence import Sequence
 from thornback.engine.speculation import Speculation
 from thornback.engine.structured import GrammarCompiler
 from thornback.engine.weights import bind_weights
+
+_TRIED, _TRIED_TOKENS = (1, 8), 24  # sequences whose steps are tried, and tokens of each
 
 
 @dataclass(slots=True)
@@ -109,12 +112,12 @@ class TorchEngine:
             config.speculation, retrievers, self.drafter, self.max_model_len, self.shape.vocab_size
         )
         self._sequences: dict[str, list[Sequence]] = {}
-        self.measure_costs()
         self.weight_version = 0
         self._leases: dict[str, tuple[Lease, list[int]]] = {}
         self._seeds = fresh_seeds()
         self._grammars: GrammarCompiler | None = None
         self._paused = False
+        self.measure_costs()
 
     def _num_blocks(self, block_shape: tuple[int, ...], element_size: int) -> int:
         if self.config.num_blocks:
@@ -130,8 +133,28 @@ class TorchEngine:
         if self._sequences:
             raise RuntimeError("Passes are being timed on a busy engine; run its requests to their end first.")
         self.speculation.measure(self.runner.try_pass, self.config.max_num_batched_tokens)
+        trial = self.speculation.trial()
+        if trial is not None:
+            self.speculation, speculation = trial, self.speculation
+            try:
+                steps = {n: self._try_steps(n) for n in _TRIED if n <= self.config.max_num_seqs}
+            finally:
+                self.speculation = speculation
+            self.speculation.add_overhead(steps)
         self.flush_prefix_cache()  # a pass that is only tried spoils a block
         return self.speculation.costs
+
+    def _try_steps(self, num_sequences: int) -> float:
+        """The seconds of a step of so many sequences, of those that take the least."""
+        sampling = SamplingParams(max_tokens=min(_TRIED_TOKENS, self.max_model_len - 1), ignore_eos=True, seed=0)
+        for number in range(num_sequences):
+            self.add_request(Request(f"trial-{number}", (number % self.shape.vocab_size,), sampling))
+        seconds = []
+        while self.has_unfinished_requests():
+            started = time.perf_counter()
+            if len(self.step()) == num_sequences:
+                seconds.append(time.perf_counter() - started)
+        return min(seconds, default=0.0)
 
     # Requests
 
