@@ -13,6 +13,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from thornback.algorithms.compiled import compiled
+from thornback.contracts import TokenTree
 from thornback.data.suffix_array import DEPTH, END
 
 SHARE = 64  # matches that are read
@@ -49,8 +50,8 @@ def thin(order, start, level):
 
 @compiled
 def look_up(table, context, num_nodes):
-    """What followed the longest match of the last `DEPTH` to `SHORTEST` tokens of `context` int64: tokens, parents and
-    weights as in `TokenTree`, and the length of the match.
+    """What followed the longest match of the last `DEPTH` to `SHORTEST` tokens of `context` int64: a tree's columns
+    (`tree_of`), and the length of the match.
 
     `table` int64 `[S, 3 + 2 * LEVELS]` has a row for each segment: the address and number of its tokens, which of the
     store's tokens its first one is, and the addresses and lengths of its suffix arrays.
@@ -85,8 +86,7 @@ def look_up(table, context, num_nodes):
                     _read(tokens, np.int64(order[i]) + match, paths[read])
                     places[read] = place
                     read += 1
-    nodes, parents, counts = _grow(paths[:read], places, num_nodes)
-    return nodes, parents, (counts * (total / max(read, 1))).astype(np.float32), match
+    return _grow(paths[:read], places, num_nodes, total / max(read, 1)), match
 
 
 @compiled
@@ -111,8 +111,12 @@ def look_back(context, num_nodes):
     for row in range(read):
         for i in range(min(paths.shape[1], size - places[row])):
             paths[row, i] = context[places[row] + i]
-    nodes, parents, counts = _grow(paths, places, num_nodes)
-    return nodes, parents, counts.astype(np.float32), match if read else 0
+    return _grow(paths, places, num_nodes, 1.0), match if read else 0
+
+
+def tree_of(columns: np.ndarray, match_length: int) -> TokenTree:
+    """`columns` int32 `[3, N]`: tokens, parents and the bits of weights. One array is handed over faster than three."""
+    return TokenTree(columns[0], columns[1], columns[2].view(np.float32), match_length)
 
 
 @intrinsic
@@ -184,9 +188,9 @@ def _read(tokens, place, path):
 
 
 @compiled
-def _grow(paths, places, num_nodes):
+def _grow(paths, places, num_nodes, weight):
     """The `num_nodes` heaviest nodes of the trie of `paths` int64 `[P, L]` (-1 behind an end), which were found at
-    `places` `[P]`: tokens, parents, and how many paths go through each.
+    `places` `[P]`, each of that `weight`: int32 `[3, N]`, tokens, parents, and, as the bits of float32, weights.
 
     The heaviest node that is in sight comes next, of equals the shallowest, of these the one that was seen last; and it
     brings its children in sight. Those in sight share no path, so that there are never more of them than paths, and
@@ -194,7 +198,8 @@ def _grow(paths, places, num_nodes):
     """
     num_paths, length = paths.shape
     limit = min(num_nodes, num_paths * length)
-    tokens, parents, counts = np.empty(limit, np.int32), np.empty(limit, np.int32), np.empty(limit, np.int64)
+    out = np.empty((3, limit), np.int32)
+    tokens, parents, weights = out[0], out[1], out[2].view(np.float32)
     sight = np.empty((6, num_paths), np.int64)
     token, parent, count, depth, latest, head = sight[0], sight[1], sight[2], sight[3], sight[4], sight[5]
     following = np.arange(-1, num_paths - 1)  # of each path, the next one through the same node; from the last
@@ -223,9 +228,9 @@ def _grow(paths, places, num_nodes):
             lead = (count[node] - count[best]) * (LENGTH + 1) + depth[best] - depth[node]
             if lead > 0 or (lead == 0 and latest[node] > latest[best]):
                 best = node
-        tokens[kept], parents[kept], counts[kept] = token[best], parent[best], count[best]
+        tokens[kept], parents[kept], weights[kept] = token[best], parent[best], count[best] * weight
         path, above, level = head[best], kept, depth[best] + 1
         kept += 1
         size -= 1
         sight[:, best] = sight[:, size]
-    return tokens[:kept], parents[:kept], counts[:kept]
+    return out[:, :kept]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from thornback.contracts import TokenTree
-from thornback.data.lookup import look_back
+from thornback.data.lookup import look_back, tree_of
 
 
 class PromptLookup:
@@ -14,4 +14,4 @@ class PromptLookup:
     def retrieve(self, context: np.ndarray, num_nodes: int) -> TokenTree:
         if not len(context):
             return TokenTree.empty()
-        return TokenTree(*look_back(np.ascontiguousarray(context, np.int64), num_nodes))
+        return tree_of(*look_back(np.ascontiguousarray(context, np.int64), num_nodes))

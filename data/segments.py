@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from thornback.contracts import TokenTree
-from thornback.data.lookup import LEVELS, look_up, thin
+from thornback.data.lookup import LEVELS, look_up, thin, tree_of
 from thornback.data.suffix_array import DEPTH, merge_orders, sort_places
 
 
@@ -48,8 +48,7 @@ class View:
         self._table = np.array(rows, np.int64).reshape(len(rows), 3 + 2 * LEVELS)
 
     def retrieve(self, context: np.ndarray, num_nodes: int) -> TokenTree:
-        tokens, parents, weights, match = look_up(self._table, np.array(context[-DEPTH:], np.int64), num_nodes)
-        return TokenTree(tokens, parents, weights, match)
+        return tree_of(*look_up(self._table, np.array(context[-DEPTH:], np.int64), num_nodes))
 
 
 def _place(array: np.ndarray) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from thornback.contracts import ModelError
 from thornback.engine import kernels
-from thornback.engine.layout import NO_TREE, lay_out, place
+from thornback.engine.layout import NO_PARENTS, NO_TREE, lay_out, place
 from thornback.engine.paged_attention import PagedTokens, paged_attention
 
 ATTENTION_NAME = "thornback"
@@ -139,7 +139,7 @@ class PagedBatch:
         parents: they lie in the pool one after the other, but stand, and see each other, as the tree says."""
         size, trees = pool.shape[4], trees or {}
         counts, before = np.array(lengths), np.array(contexts)
-        parents = np.concatenate([np.empty(0, np.int32), *(trees[i] for i in sorted(trees))])
+        parents = np.concatenate([NO_PARENTS, *(trees[i] for i in sorted(trees))])
         stops = np.cumsum([len(trees[i]) if i in trees else 0 for i in range(len(counts))])
         owners, *places = lay_out(counts, before, parents, stops)
         width = -(-(int((counts + before).max()) + _AHEAD) // size)

@@ -9,13 +9,15 @@ from thornback.algorithms.compiled import compiled
 from thornback.algorithms.trees import ancestor_bits, depths
 
 NO_TREE = 1 << 40  # a base behind every key
+NO_PARENTS = np.empty(0, np.int32)  # of the nodes of none
 
 
 @compiled
 def lay_out(counts, before, parents, stops):
-    """Owners, rows, positions, bases and bits `[T]` of the tokens of sequences that bring `counts` `[B]` each, after
-    `before` `[B]` earlier ones, as `PagedBatch.of_nodes` takes them. A sequence's last tokens are a tree, where it has
-    one: under the token before them, with the `parents` up to `stops` `[B]`; trees lie one behind the other."""
+    """Owners, rows, positions, bases and bits, int64 `[5, T]`, of the tokens of sequences that bring `counts` `[B]`
+    each, after `before` `[B]` earlier ones, as `PagedBatch.of_nodes` takes them. A sequence's last tokens are a tree,
+    where it has one: under the token before them, with the `parents` up to `stops` `[B]`; trees lie one behind the
+    other."""
     size = counts.sum()
     out = np.empty((5, size), np.int64)
     owners, rows, positions, bases, bits = out[0], out[1], out[2], out[3], out[4]
@@ -35,7 +37,7 @@ def lay_out(counts, before, parents, stops):
                 positions[at], bases[at], bits[at] = row, NO_TREE, 0
             at += 1
         first = stops[s]
-    return owners, rows, positions, bases, bits
+    return out
 
 
 @compiled
@@ -49,3 +51,19 @@ def place(owners, rows, table, strides, size, heads):
             slots[t * heads + head] = first + head * size
         counts[owners[t]] += 1
     return slots, counts, rows + 1
+
+
+@compiled
+def draws(first, parents, stops):
+    """Of sequences that draw from row `first` `[S]` of the logits, and from the rows after it for the nodes of their
+    trees, as above: int64 `[3, R]`, each draw's row, its sequence, and how many places ahead of its next one it is."""
+    out = np.zeros((3, len(first) + len(parents)), np.int64)
+    start, at = 0, 0
+    for s in range(len(first)):
+        out[0, at], out[1, at] = first[s], s
+        depth = depths(parents[start : stops[s]])
+        for i in range(len(depth)):
+            at += 1
+            out[0, at], out[1, at], out[2, at] = first[s] + 1 + i, s, depth[i]
+        start, at = stops[s], at + 1
+    return out

@@ -134,19 +134,26 @@ class ModelRunner:
 
     @torch.inference_mode()
     def draw(
-        self, logits: Tensor, sequences: list[Sequence], ahead: list[int], grammars: GrammarCompiler | None
+        self,
+        logits: Tensor,
+        sequences: list[Sequence],
+        owners: np.ndarray,
+        ahead: np.ndarray,
+        grammars: GrammarCompiler | None,
     ) -> Sampled:
-        """Draw a token of each sequence from its row of `logits` `[B, V]`: the next one, or that so many places
-        `ahead` of it."""
+        """Draw a token from each row of `logits` `[B, V]`, for sequence `owners` `[B]`: the next one, or that so many
+        places `ahead` `[B]` of it."""
         if sequences != self._drawing:
             self._drawing = sequences
             self._sampling = SamplingBatch.of([seq.request.sampling for seq in sequences], logits.device)
             self._seeds = np.asarray([seq.seed for seq in sequences], np.uint64)
             self._restrained = any(s.grammar is not None or s.request.sampling.min_tokens for s in sequences)
-        places = [len(seq.token_ids) - seq.num_prompt_tokens + more for seq, more in zip(sequences, ahead, strict=True)]
-        uniform = positional_uniform(self._seeds, np.asarray(places, np.uint64))
-        banned = self._banned(sequences, places, logits, grammars) if self._restrained else None
-        return sample(logits, self._sampling, uniform, banned)
+        places = np.array([seq.num_output_tokens for seq in sequences])[owners] + ahead
+        sampling = self._sampling if len(owners) == len(sequences) else self._sampling.of_rows(owners)
+        banned = None
+        if self._restrained:
+            banned = self._banned([sequences[owner] for owner in owners.tolist()], places.tolist(), logits, grammars)
+        return sample(logits, sampling, positional_uniform(self._seeds[owners], places), banned)
 
     def _banned(
         self, sequences: list[Sequence], places: list[int], logits: Tensor, grammars: GrammarCompiler | None

@@ -34,6 +34,16 @@ class SamplingBatch:
             [i for i, p in enumerate(params) if _truncates(p)],
         )
 
+    def of_rows(self, owners: np.ndarray) -> SamplingBatch:
+        """Rows each of which has the parameters of one of these: `owners` int64 `[R]`."""
+        index = torch.from_numpy(owners).to(self.greedy.device)
+        return SamplingBatch(
+            [self.params[owner] for owner in owners.tolist()],
+            None if self.temperatures is None else self.temperatures[index],
+            self.greedy[index],
+            np.flatnonzero(np.isin(owners, self.cut)).tolist() if self.cut else [],
+        )
+
 
 @dataclass(slots=True)
 class Sampled:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -350,17 +351,16 @@ class Speculation:
         at = np.array(rows, np.int64)
         paths, ends = verify_all(tokens, parents, stops, drawn, at)
         self._learn([seq for seq, _ in drafts], (drawn, at, paths, ends))
-        found: list[list[int]] = []
-        start = first = 0
-        for (seq, tree), stop, end in zip(drafts, stops.tolist(), ends.tolist(), strict=True):
-            found.append(paths[first:end].tolist())
-            seq.belief.learn(end - first, float(chances[start:stop].sum()))
-            self.num_draft_tokens += len(tree)
-            self.num_accepted_tokens += end - first
-            self._per_position[: end - first] += 1
-            start, first = stop, end
+        lengths = np.diff(ends, prepend=0)
+        promised = np.add.reduceat(chances, np.append(0, stops[:-1]))
         self.num_drafts += len(drafts)
-        return found
+        self.num_draft_tokens += len(tokens)
+        self.num_accepted_tokens += len(paths)
+        self._per_position += (np.arange(len(self._per_position))[:, None] < lengths).sum(-1)
+        for (seq, _), length, promise in zip(drafts, lengths.tolist(), promised.tolist(), strict=True):
+            seq.belief.learn(length, promise)
+        flat = paths.tolist()
+        return [flat[start:end] for start, end in pairwise([0, *ends.tolist()])]
 
     def _learn(self, sequences: list[Sequence], said: tuple[np.ndarray, ...]) -> None:
         """How far each source went along with what was said: see `agree_all`."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from xgrammar import GrammarMatcher
 
-from thornback.algorithms import depths, runs_of
+from thornback.algorithms import runs_of
 from thornback.contracts import (
     BlockRun,
     ConfigError,
@@ -34,6 +34,7 @@ from thornback.contracts import (
 from thornback.engine.block_manager import BlockManager
 from thornback.engine.drafter import Drafter
 from thornback.engine.kv_pool import KVPool
+from thornback.engine.layout import NO_PARENTS, draws
 from thornback.engine.lora import AdapterSet
 from thornback.engine.model import ModelShape, load_model
 from thornback.engine.model_runner import ModelRunner, fresh_seeds
@@ -59,21 +60,13 @@ class _Turn:
     path: list[int] = field(default_factory=list)  # the draft's nodes that the model agrees with
 
 
-def _rows_of(turns: list[_Turn]) -> tuple[list[Sequence], list[int], list[int]]:
-    """The sequence of each draw, its row of the logits, and how many places ahead it is."""
-    sequences: list[Sequence] = []
-    rows: list[int] = []
-    ahead: list[int] = []
-    for turn in turns:
-        turn.at = len(rows)
-        sequences.append(turn.seq)
-        rows.append(turn.row)
-        ahead.append(0)
-        if turn.draft is not None:
-            sequences += [turn.seq] * len(turn.draft)
-            rows += range(turn.row + 1, turn.row + 1 + len(turn.draft))
-            ahead += depths(turn.draft.parents).tolist()
-    return sequences, rows, ahead
+def _draws_of(turns: list[_Turn]) -> np.ndarray:
+    """`draws` of all turns, each of which is told where its own begin."""
+    parents = [NO_PARENTS if turn.draft is None else turn.draft.parents for turn in turns]
+    stops = np.cumsum([len(of) for of in parents], dtype=np.int64)
+    for place, (turn, stop, of) in enumerate(zip(turns, stops.tolist(), parents, strict=True)):
+        turn.at = place + stop - len(of)
+    return draws(np.array([turn.row for turn in turns]), np.concatenate(parents), stops)
 
 
 class TorchEngine:
@@ -262,9 +255,10 @@ class TorchEngine:
                 turns += [_Turn(forked, last_row) for forked in (self._fork(seq) if seq.siblings else ())]
         if not turns:
             return []
-        sequences, rows, ahead = _rows_of(turns)
-        picked = logits if rows == list(range(len(logits))) else logits[torch.tensor(rows, device=logits.device)]
-        sampled = self.runner.draw(picked, sequences, ahead, self._grammars)
+        rows, owners, ahead = _draws_of(turns)
+        if len(rows) < len(logits) or (rows != np.arange(len(rows))).any():
+            logits = logits[torch.from_numpy(rows).to(logits.device)]
+        sampled = self.runner.draw(logits, [turn.seq for turn in turns], owners, ahead, self._grammars)
         self._settle([turn for turn in turns if turn.draft is not None], sampled.tokens)
         outputs = [self._advance(turn.seq, [turn.at, *(turn.at + 1 + n for n in turn.path)], sampled) for turn in turns]
         self.speculation.observe(sum(len(output.token_ids) for output in outputs))
