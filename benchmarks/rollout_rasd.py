@@ -5,11 +5,12 @@ again, from the same seeds under the policy that began the epoch, by one rollout
 are: the workers guess from the reference rollouts and all earlier epochs', as in training, while at most 8 sequences
 live. Both draw the same tokens, which is checked.
 
-`speedup`: plain seconds over guessed ones, of rollouts that are never more than 8 at once, all epochs from the second
-on together. `speedup_phase`: of 64 rollouts of an epoch that begin at once, whose lengths are as near as the epoch has
-them to the quantiles of a Pareto distribution from 8 to 64 tokens (mean 14; an eighth are longer than 19). Both are the
-demo's own model's; `..._LAYERS_layers` are those of the same model with layers added that change nothing (their outputs
-are multiplied by 0), so that it says the same and a pass takes longer, as a larger model's does.
+`speedup_N_live`: plain seconds over guessed ones, of rollouts of which N live at any time, all epochs from the second
+on together; `speedup`: the geometric mean over 1, 2, 4 and 8. `speedup_phase`: of 64 rollouts of an epoch that begin at
+once, whose lengths are as near as the epoch has them to the quantiles of a Pareto distribution from 8 to 64 tokens
+(mean 14; an eighth are longer than 19). Both are the demo's own model's; `..._LAYERS_layers` are those of the same
+model with layers added that change nothing (their outputs are multiplied by 0), so that it says the same and a pass
+takes longer, as a larger model's does.
 
 The picture beside the JSON shows, over the epochs, how many of the tokens were guessed.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,7 @@ PLAIN, RASD = "plain", "rasd"
 DEMO_LAYERS, MORE_LAYERS = 4, 64
 LIVE = (1, 2, 4, 8)
 PHASE = 64
-OPTIONS = {"num_nodes": 16, "max_sequences": max(LIVE)}  # the defaults of rollout.rasd
+OPTIONS = {"num_nodes": 32, "max_sequences": max(LIVE)}  # the defaults of rollout.rasd
 THREADS = 1
 
 
@@ -109,8 +111,15 @@ def add(results: Results, turns: dict[str, Turns], layers: int, parameters: int,
             }
             results.rows.append(row)
     by_name = {row["name"]: row for row in results.rows if row["layers"] == layers}
-    for ratio, what in (("speedup", kind(max(LIVE))), ("speedup_phase", kind(PHASE))):
-        results.ratios[ratio + suffix] = by_name[f"{PLAIN}, {what}"]["seconds"] / by_name[f"{RASD}, {what}"]["seconds"]
+
+    def speedup(live: int) -> float:
+        return by_name[f"{PLAIN}, {kind(live)}"]["seconds"] / by_name[f"{RASD}, {kind(live)}"]["seconds"]
+
+    results.ratios |= {
+        f"speedup{suffix}": geometric_mean(map(speedup, LIVE)),
+        **{f"speedup_{live}_live{suffix}": speedup(live) for live in LIVE},
+        f"speedup_phase{suffix}": speedup(PHASE),
+    }
     for epoch in range(num_epochs):
         shares = {f"{live}_live": accepted_share(turns[RASD], [f"{live}_{epoch}"]) for live in LIVE}
         results.rows.append({"epoch": epoch + 1, "layers": layers, "accepted_share": shares})

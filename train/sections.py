@@ -123,7 +123,7 @@ class RewardSection(Section):
 class RasdConstants(Section):
     """RASD: rollouts are guessed from the reference rollouts and earlier epochs' (docs/speculation.md)."""
 
-    num_nodes: Annotated[int, Field(ge=1, le=63)] = 16
+    num_nodes: Annotated[int, Field(ge=1, le=63)] = 32
     """Tokens, at most, that a pass verifies for a rollout besides its next one."""
     max_sequences: PositiveInt = 8
     """Guess while a worker has no more unfinished rollouts than that: more of them fill its passes anyway."""

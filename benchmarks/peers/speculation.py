@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,20 +36,11 @@ def _report(turns: TurnTaker, prompts: Prompts, per_turn: int, answer: Callable[
         turns.report(**sums)
 
 
-def thornback(
-    turns: TurnTaker,
-    model: str,
-    source: str,
-    draft: str,
-    datastore: str,
-    num_nodes: int,
-    adaptive: bool,
-    prompts: Prompts,
-    per_turn: int,
-    new_tokens: int,
-    threads: int,
-) -> None:
-    from thornback.contracts import EngineConfig, Request, SamplingParams, SpeculationConfig
+def make_engine(
+    model: str, source: str, draft: str, datastore: str, num_nodes: int, adaptive: bool, threads: int
+) -> tuple[Any, dict[str, float]]:
+    """An engine, and the seconds that its sources take, as they add up."""
+    from thornback.contracts import EngineConfig, SpeculationConfig
     from thornback.data import Datastore, PromptLookup
     from thornback.engine import TorchEngine
 
@@ -64,6 +56,14 @@ def thornback(
     engine = TorchEngine(model, config, tuple(retrievers))
     if engine.drafter is not None:
         engine.drafter.propose = _timed(engine.drafter.propose, clock, "drafting")  # type: ignore[method-assign]
+    return engine, clock
+
+
+def thornback(turns: TurnTaker, prompts: Prompts, per_turn: int, new_tokens: int, **made_of: Any) -> None:
+    """`made_of`: see `make_engine`."""
+    from thornback.contracts import Request, SamplingParams
+
+    engine, clock = make_engine(**made_of)
 
     def answer(prompt: list[int]) -> dict[str, float]:
         before, clocks = engine.speculation.stats, dict(clock)
@@ -88,6 +88,32 @@ def thornback(
         }
 
     _report(turns, prompts, per_turn, answer)
+
+
+def batches(
+    turns: TurnTaker, prompts: list[list[int]], sizes: list[int], new_tokens: int, temperature: float, **made_of: Any
+) -> None:
+    """A turn answers as many prompts at once as each of `sizes` says, the next ones every time, and reports the tokens
+    and seconds of what comes after every prompt's first token."""
+    from thornback.contracts import Request, SamplingParams
+
+    engine, _ = make_engine(**made_of)
+    sampling, number = SamplingParams(max_tokens=new_tokens, temperature=temperature, ignore_eos=True), 0
+    while turns.wait():
+        values: dict[str, float] = {}
+        for size in sizes:
+            for _ in range(size):
+                prompt = tuple(prompts[number % len(prompts)])
+                engine.add_request(Request(str(number), prompt, replace(sampling, seed=number)))
+                number += 1
+            begun: set[str] = set()
+            while len(begun) < size:
+                begun |= {output.request_id for output in engine.step()}
+            tokens, started = 0, time.perf_counter()
+            while engine.has_unfinished_requests():
+                tokens += sum(len(output.token_ids) for output in engine.step())
+            values |= {f"seconds {size}": time.perf_counter() - started, f"tokens {size}": tokens}
+        turns.report(**values)
 
 
 def _timed(function: Callable[..., Any], clock: dict[str, float], name: str) -> Callable[..., Any]:

@@ -21,6 +21,11 @@ def steady(turns: TurnTaker, name: str, diary: str, seconds: float) -> None:
         turns.report(seconds=seconds, flag=float(os.environ.get("FLAG", "0")))
 
 
+def counts(turns: TurnTaker, text: str) -> None:
+    while turns.wait():
+        turns.report(length=len(text))
+
+
 def dies(turns: TurnTaker) -> None:
     while turns.wait():
         raise ValueError("the peer's own words")

@@ -28,6 +28,11 @@ def test_peers_take_turns_in_rotating_order_and_never_work_together(tmp_path) ->
     assert turns["a"].all("flag") == [3.0, 3.0, 3.0]
 
 
+def test_settings_may_be_longer_than_a_command_line() -> None:
+    turns = alternate([Peer("reader", f"{FAKES}:counts", {"text": "x" * 3_000_000})], rounds=1)
+    assert turns["reader"].all("length") == [3_000_000]
+
+
 def test_a_peer_that_dies_is_quoted() -> None:
     with pytest.raises(PeerFailed, match=r"(?s)doomed died while taking its turn.*the peer's own words"):
         alternate([Peer("doomed", f"{FAKES}:dies")], rounds=1)

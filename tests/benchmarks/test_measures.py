@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import rl_step, rollout
+from benchmarks import rasd_batches, rl_step, rollout
 from benchmarks.arithmetic import Arithmetic
 from benchmarks.harness import Peer, Turns
 from benchmarks.models import VOCABULARY, benchmark_model
@@ -99,3 +99,22 @@ def test_the_document_names_machine_versions_and_command() -> None:
     assert {"benchmark", "machine", "versions", "rows", "ratios", "command"} <= set(document)
     assert document["machine"]["cores"] >= 1
     assert document["versions"]["torch"] == torch.__version__
+
+
+def test_bounds_of_a_batch_hold_its_mean_and_widen_with_noise(tmp_path) -> None:
+    rng, size = np.random.default_rng(0), 4
+
+    def turns(name: str, speed: float, noise: float) -> Turns:
+        seconds = np.exp(rng.normal(0, noise, rasd_batches.ROUNDS)) / speed
+        return Turns(Peer(name, ""), [{"tokens 4": 100.0, "seconds 4": s} for s in seconds])
+
+    every = {
+        rasd_batches.PLAIN: turns("plain", 1.0, 0.001),
+        rasd_batches.RASD: turns("rasd", 1.5, 0.001),
+        rasd_batches.AGAIN: turns("plain again", 1.0, 0.2),
+    }
+    rows = [rasd_batches.row(name, size, every) for name in (rasd_batches.RASD, rasd_batches.AGAIN)]
+    assert 1.49 < rows[0]["lower_95"] < rows[0]["over_plain"] < rows[0]["upper_95"] < 1.51
+    assert rows[1]["upper_95"] - rows[1]["lower_95"] > 0.1
+    rasd_batches.draw(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000

@@ -57,6 +57,6 @@ def test_both_sides_draw_the_same_tokens(run, tmp_path):
     rollout_rasd.check_same_tokens(both)
     results = Results("rollout_rasd")
     rollout_rasd.add(results, turns, rollout_rasd.DEMO_LAYERS, 1, num_epochs=2)
-    assert set(results.ratios) == {"speedup", "speedup_phase"}
+    assert set(results.ratios) == {"speedup", "speedup_phase", *(f"speedup_{n}_live" for n in rollout_rasd.LIVE)}
     rollout_rasd.draw(results.rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000

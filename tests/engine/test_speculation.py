@@ -11,6 +11,7 @@ import pytest
 from tests.engine.trees import tree_of
 from thornback.contracts import ConfigError, EngineConfig, Request, SamplingParams, SpeculationConfig, TokenTree
 from thornback.engine import TorchEngine, generate
+from thornback.engine.speculation import TRIAL_NODES
 
 VOCABULARY = 64
 
@@ -213,3 +214,27 @@ def test_a_window_shorter_than_the_sequence_is_refused(tiny_model, tmp_path) -> 
     with pytest.raises(ConfigError, match="last 16 tokens only"):
         TorchEngine(directory, EngineConfig(num_threads=1, speculation=speculation), (Oracle([]),))
     TorchEngine(directory, EngineConfig(num_threads=1, speculation=speculation, max_model_len=16), (Oracle([]),))
+
+
+def test_what_a_step_takes_is_tried_and_leaves_nothing_behind(tiny_model) -> None:
+    """Beside what passes take: for a step and for each of its sequences."""
+    oracle = Oracle([])
+    engine = TorchEngine(tiny_model("qwen3"), EngineConfig(num_threads=1, speculation=SpeculationConfig()), (oracle,))
+    assert oracle.asked > 0, "what asking costs is not in it"
+    (nothing, of_sequence), *passes = engine.speculation.costs
+    assert nothing == 0 <= of_sequence < 0.1
+    assert [seconds for _, seconds in passes] == sorted(seconds for _, seconds in passes)
+    assert not engine.has_unfinished_requests()
+    load, stats = engine.load(), engine.speculation.stats
+    assert load.num_free_blocks == load.num_blocks
+    assert (stats.num_drafts, stats.num_failures) == (0, 0)
+
+
+def test_overhead_is_what_steps_take_beyond_their_passes(tiny_model) -> None:
+    config = EngineConfig(num_threads=1, speculation=SpeculationConfig(costs=((0, 2e-3), (1, 1e-3), (64, 8e-3))))
+    speculation = TorchEngine(tiny_model("qwen3"), config, (Oracle([]),)).speculation
+    assert speculation.costs == config.speculation.costs
+    assert speculation.trial() is None
+    passes = np.interp([1 + TRIAL_NODES, 8 * (1 + TRIAL_NODES)], [1, 64], [1e-3, 8e-3])
+    speculation.add_overhead({1: passes[0] + 5e-3, 8: passes[1] + 12e-3})  # 4 ms a step and 1 ms a sequence
+    np.testing.assert_allclose(speculation.costs, [(0, 1e-3), (1, 5e-3), (64, 12e-3)])
