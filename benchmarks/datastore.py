@@ -4,12 +4,11 @@ The text is the standard library's and, until there are tokens enough, that of t
 versions requirements-bench.lock names; in the byte-pair encoding of the `rasd` benchmark. A context is 64 tokens: half
 of them from files that are not in the store (held out by their names' hashes), half from anywhere in it.
 
-`lookup_p99_us`: microseconds of our slowest hundredth of the look-ups: the longest match of 16 to 2 tokens, and a tree
-of 60 nodes of what followed it (the median of the turns). `lookup_p99_vs_rest`: that of REST's `draftretriever` over
-ours, on the same contexts; it is asked for one length after the other, as REST does, since it knows one at a time.
-`memory_4_replicas_vs_1`: what all processes of a node take for the store, with four replicas over with one.
-`bytes_per_token_vs_rest`: our file's over that of REST's published layout, 4 bytes for a token and 4 for its place in
-the suffix array (DraftRetriever/src/lib.rs, `dump_data`; the package on PyPI writes 2 for a token).
+`lookup_p99_us`: microseconds of the slowest hundredth of the look-ups, in one process on one core: the longest match of
+16 to 2 tokens, and a tree of 60 nodes of what followed it (the median of the turns). `memory_4_replicas_vs_1`: what all
+processes of a node take for the store, with four replicas over with one. `bytes_per_token_vs_rest`: our file's over
+that of REST's published layout, 4 bytes for a token and 4 for its place in the suffix array (FasterDecoding/REST,
+DraftRetriever/src/lib.rs, `dump_data`; its crate is not on PyPI, where `draftretriever` is another one).
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ import sysconfig
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +32,6 @@ TOKENS, QUICK_TOKENS = 50_000_000, 1_000_000
 NODES, CONTEXT, CONTEXTS = 60, 64, 20_000
 REPLICAS = (1, 2, 4)
 REST_BYTES = 8.0  # a token, by the layout that REST's source writes
-OURS, REST = "thornback", "draftretriever"
 
 
 def sources(held_out: bool) -> Iterator[str]:
@@ -87,42 +85,35 @@ def measure(quick: bool, say: Callable[[str], None]) -> Results:
     results = Results("datastore")
     with tempfile.TemporaryDirectory() as temporary:
         num_tokens = prepare(Path(temporary), QUICK_TOKENS if quick else TOKENS, say)
-        settings = {"directory": temporary, "vocab_size": real_text.VOCABULARY, "num_nodes": NODES}
-        per_turn = {OURS: 200 if quick else 2000, REST: 50 if quick else 200}
-        names = [OURS, *([REST] if find_spec("draftretriever") else [])]
-        one = {"NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
-        peers = [
-            Peer(name, f"benchmarks.peers.datastore:{name}", {**settings, "per_turn": per_turn[name]}, one)
-            for name in names
-        ]
-        turns = alternate(peers, QUICK_ROUNDS if quick else ROUNDS, 1, say=say)
+        settings: dict[str, Any] = {"directory": temporary, "vocab_size": real_text.VOCABULARY, "num_nodes": NODES}
+        settings["per_turn"] = 200 if quick else 2000
+        one = {"NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        peer = Peer("one core", "benchmarks.peers.datastore:thornback", settings, one)
+        measured = alternate([peer], QUICK_ROUNDS if quick else ROUNDS, 1, say=say)[peer.name]
         say("sharing the store between replicas")
         taken = replicas(temporary, list(REPLICAS))
-    for name, measured in turns.items():
-        results.rows.append(
-            {
-                "name": name,
-                "tokens": num_tokens,
-                "threads": 1,
-                "p50_us": measured.median("p50"),
-                "p99_us": measured.median("p99"),
-                "p999_us": measured.median("p999"),
-                "found_share": measured.median("found"),
-                "build_seconds": measured.median("build_seconds"),
-                "bytes_per_token": measured.median("bytes") / num_tokens,
-                "turns": measured.all("p99"),
-            }
-        )
-    results.rows.append({"name": "REST's published layout (not run)", "bytes_per_token": REST_BYTES})
-    results.rows += [{"replicas": count, "memory_per_node_mib": taken[count] / (1 << 20)} for count in REPLICAS]
-    ours = results.rows[0]
+    bytes_per_token = measured.median("bytes") / num_tokens
+    results.rows = [
+        {
+            "name": peer.name,
+            "tokens": num_tokens,
+            "threads": 1,
+            "p50_us": measured.median("p50"),
+            "p99_us": measured.median("p99"),
+            "p999_us": measured.median("p999"),
+            "found_share": measured.median("found"),
+            "build_seconds": measured.median("build_seconds"),
+            "bytes_per_token": bytes_per_token,
+            "turns": measured.all("p99"),
+        },
+        {"name": "REST's published layout (not run)", "bytes_per_token": REST_BYTES},
+        *({"replicas": count, "memory_per_node_mib": taken[count] / (1 << 20)} for count in REPLICAS),
+    ]
     results.ratios = {
-        "lookup_p99_us": ours["p99_us"],
+        "lookup_p99_us": measured.median("p99"),
         "memory_4_replicas_vs_1": taken[REPLICAS[-1]] / taken[1],
-        "bytes_per_token_vs_rest": ours["bytes_per_token"] / REST_BYTES,
+        "bytes_per_token_vs_rest": bytes_per_token / REST_BYTES,
     }
-    if REST in turns:
-        results.ratios["lookup_p99_vs_rest"] = turns[REST].median("p99") / ours["p99_us"]
     return results
 
 

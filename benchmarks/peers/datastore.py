@@ -1,20 +1,13 @@
-"""Retrieval stores over the same tokens, asked by one core: ours, and REST's `draftretriever`.
-
-Each is built in its peer's process, written to a file and opened again; a turn looks up the next contexts one by one,
-and reports quantiles of what each look-up took.
-"""
+"""A retrieval store that one core asks, and one that a node's replicas share."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 
 import numpy as np
 
 from benchmarks.worker import TurnTaker
-
-LONGEST, SHORTEST = 16, 2  # tokens of a context that are looked for, at most and at least
 
 
 def documents(directory: str) -> list[np.ndarray]:
@@ -23,65 +16,33 @@ def documents(directory: str) -> list[np.ndarray]:
     return np.split(tokens, ends[:-1])
 
 
-def _answer(
-    turns: TurnTaker, directory: str, per_turn: int, about: dict[str, float], look_up: Callable[[np.ndarray], int]
-) -> None:
-    """`look_up` says how many tokens it proposes."""
+def thornback(turns: TurnTaker, directory: str, vocab_size: int, num_nodes: int, per_turn: int) -> None:
+    """Builds the store, writes it to a file and opens that; a turn looks up the next contexts one by one, and reports
+    quantiles of what a look-up took, in microseconds."""
+    from thornback.data import Datastore
+
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    path, of = f"{directory}/store.arrow", documents(directory)
+    Datastore.build(of[:2], vocab_size)  # what is compiled is compiled by now
+    started = time.perf_counter()
+    built = Datastore.build(of, vocab_size)
+    about = {"build_seconds": time.perf_counter() - started}
+    built.save(path)
+    del built
+    store = Datastore.open(path, vocab_size)
+    about["bytes"] = float(os.path.getsize(path))
     contexts, turn = np.load(f"{directory}/contexts.npy"), 0
     while turns.wait():
         seconds, found = np.empty(per_turn), 0
         for i in range(per_turn):
             context = contexts[(turn * per_turn + i) % len(contexts)]
             started = time.perf_counter()
-            found += look_up(context) > 0
+            tree = store.retrieve(context, num_nodes)
             seconds[i] = time.perf_counter() - started
+            found += len(tree) > 0
         turn += 1
         p50, p99, p999 = np.percentile(seconds * 1e6, [50, 99, 99.9])
         turns.report(p50=p50, p99=p99, p999=p999, found=found / per_turn, **about)
-
-
-def thornback(turns: TurnTaker, directory: str, vocab_size: int, num_nodes: int, per_turn: int) -> None:
-    from thornback.data import Datastore
-
-    path, of = f"{directory}/store.arrow", documents(directory)
-    Datastore.build(of[:2], vocab_size)  # what is compiled is compiled by now
-    started = time.perf_counter()
-    built = Datastore.build(of, vocab_size)
-    seconds = time.perf_counter() - started
-    built.save(path)
-    del built
-    store = Datastore.open(path, vocab_size)
-    about = {"build_seconds": seconds, "bytes": float(os.path.getsize(path))}
-    _answer(turns, directory, per_turn, about, lambda context: len(store.retrieve(context, num_nodes)))
-
-
-def draftretriever(turns: TurnTaker, directory: str, vocab_size: int, num_nodes: int, per_turn: int) -> None:
-    """REST's: it looks for a suffix of one length; as in REST, the longest comes first."""
-    from draftretriever import Reader, Writer
-
-    path, of = f"{directory}/rest.idx", [document.tolist() for document in documents(directory)]
-    started = time.perf_counter()
-    writer = Writer(path, vocab_size=vocab_size)
-    for document in of:
-        writer.add_entry(document)
-    writer.finalize()
-    about = {"build_seconds": time.perf_counter() - started, "bytes": float(os.path.getsize(path))}
-    del of
-    reader = Reader(index_file_path=path)
-
-    def look_up(context: np.ndarray) -> int:
-        ids = context.tolist()
-        for length in range(LONGEST, SHORTEST - 1, -1):
-            try:
-                found = reader.search(ids[-length:], choices=num_nodes)[0]
-            except ValueError:  # it found more than it can cut to size
-                continue
-            if found:
-                return len(found)
-        return 0
-
-    _answer(turns, directory, per_turn, about, look_up)
 
 
 def replicas(directory: str, counts: list[int]) -> dict[int, float]:
