@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -26,6 +27,10 @@ class ModelShape:
     max_positions: int
     eos_token_ids: frozenset[int]
     sliding_window: int | None  # of some layers' attention
+
+    def block_shape(self, block_size: int) -> tuple[int, int, int, int, int]:
+        """Of a block of so many tokens in a pool of keys and values (`KVPool`)."""
+        return self.num_layers, 2, self.kv_heads, block_size, self.head_dim
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelShape:
@@ -55,22 +60,34 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_model(model: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
     """A model by directory or hub name, in evaluation mode, whose forward takes `batch=` (see attention.py).
 
-    Raises `ModelError` where the directory is no model, or the architecture cannot take our attention.
+    Raises `ModelError` where the directory is no model or lacks some of its weights, or the architecture cannot take
+    our attention.
     """
     place = resolve_device(device)
     check_model_directory(model)
     progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=resolve_dtype(dtype, place), attn_implementation=ATTENTION_NAME
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=resolve_dtype(dtype, place),
+            attn_implementation=ATTENTION_NAME,
+            ignore_mismatched_sizes=True,  # which the report tells
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{model} cannot be loaded as a decoder-only model: {reason}") from error
     finally:
         if progress:
             transformers_logging.enable_progress_bar()
+    # transformers would go on with random numbers in their place.
+    missing = sorted({*report["missing_keys"], *(str(name) for name, *_ in report["mismatched_keys"])})
+    if missing:
+        raise ModelError(
+            f"{model} lacks {len(missing)} of its weights, or has them in another shape than its config.json says "
+            f"({missing[0]}); copy or save the model again."
+        )
     use_fast_products(loaded)
     use_lean_forward(loaded)
     return loaded.to(place).eval()
