@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from thornback.data.tokenizer import character_tokenizer as character_tokenizer
     from thornback.data.tokenizer import load_tokenizer as load_tokenizer
     from thornback.data.tokenizer import render_prompt as render_prompt
+    from thornback.data.tokenizer import same_tokens as same_tokens
 
 _HOMES = {
     name: module
@@ -53,7 +54,7 @@ _HOMES = {
         "scoring": "RuleScorer",
         "storage": "read_anchors read_rollouts read_table write_anchors write_rollouts write_table",
         "tasks": "ArithmeticTask MathTask load_task",
-        "tokenizer": "character_tokenizer load_tokenizer render_prompt",
+        "tokenizer": "character_tokenizer load_tokenizer render_prompt same_tokens",
     }.items()
     for name in names.split()
 }

@@ -10,6 +10,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from thornback.contracts import DataError
+
 # ChatML, as Qwen's models use it.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -67,3 +69,15 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model)
+
+
+def same_tokens(model: str | Path, other: str | Path) -> bool:
+    """Whether the tokenizers of two models mean the same by each token id, however their files are written. Raises
+    `DataError` where a directory holds no tokenizer that can be read."""
+    vocabularies = []
+    for place in (model, other):
+        try:
+            vocabularies.append(load_tokenizer(place).get_vocab())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{place} has no readable tokenizer; save one there with save_pretrained.") from error
+    return vocabularies[0] == vocabularies[1]
