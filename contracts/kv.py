@@ -30,7 +30,7 @@ class KVExport:
     `location` names the pool for a transport (a shared-memory file's path, or "" for this process).
     `block_shape` is `(num_layers, 2, kv_heads, block_size, head_dim)`; both pools must agree on it, except that the
     layers may end with a draft head's, which has read `num_drafted_tokens`; `hidden` `[H]` is the last hidden state,
-    from which it goes on.
+    from which it goes on. What a small model that drafts has read stays behind: it reads the tokens again.
     """
 
     request_id: str

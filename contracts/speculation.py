@@ -47,8 +47,9 @@ class Retriever(Protocol):
 class SpeculationConfig:
     """`num_nodes`: how many tokens, at most 63, a pass verifies for a sequence besides its next one; fewer where a pass
     of that many tokens costs more than it wins, unless `adaptive` is off. `max_lookback`: how many of its last tokens
-    retrievers see. `draft`: the directory of a draft head; "": none. Its tree is `draft_depth` tokens deep, and of each
-    level's nodes the `draft_top_k` likeliest are looked behind, as many tokens each.
+    retrievers see. `draft`: the directory of a draft head, or the directory or hub name of a small model with the same
+    tokenizer and vocabulary; "": none. Its tree is `draft_depth` tokens deep, and of each level's nodes the
+    `draft_top_k` likeliest are looked behind, as many tokens each.
 
     `costs`: what passes take, as (tokens, seconds), ascending; with 0 tokens, what
     each sequence adds to that. They are measured at an engine's start, and rates go on being measured, unless they are

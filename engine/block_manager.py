@@ -120,7 +120,7 @@ class BlockManager:
             seq.num_hashed_blocks = i + 1
 
     def draft_is_in(self, blocks: list[int]) -> None:
-        """These blocks hold a draft head's keys and values of all their tokens."""
+        """The draft's keys and values of all tokens of these blocks are in."""
         for block in blocks:
             self._drafted[block] = True
 

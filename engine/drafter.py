@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from thornback.algorithms import Growth, Level
 from thornback.contracts import KVImport, SpeculationConfig
 from thornback.engine import kernels
 from thornback.engine.attention import PagedBatch
 from thornback.engine.block_manager import BlockManager
-from thornback.engine.decoder_program import DecoderProgram
-from thornback.engine.draft_head import load_draft_head
+from thornback.engine.draft_model import DraftModel, HeadDraft, LoadedDraft, draft_model
 from thornback.engine.sequence import Sequence
+
+_READS = 2048  # tokens that a draft reads beside one pass of its target, so that a long prompt stalls nobody
 
 
 @dataclass(slots=True)
@@ -38,43 +38,40 @@ class Drafted:
 
 
 class Drafter:
-    """A draft head and what it knows of each sequence: its keys and values are one more layer of the engine's pool."""
+    """A draft and what it has read of each sequence."""
 
     def __init__(
         self,
         config: SpeculationConfig,
-        target: PreTrainedModel,
+        draft: LoadedDraft,
         pool: Tensor,
         blocks: BlockManager,
         max_model_len: int,
     ) -> None:
-        self._config, self._pool, self._blocks, self._max_model_len = config, pool, blocks, max_model_len
-        self.head = load_draft_head(config.draft, target, pool.shape[1] - 1)
-        self._program = DecoderProgram.of(self.head, pool, max_model_len, keep_hidden=True)
-        self._size = self.head.config.hidden_size
+        """`pool`: the target's."""
+        self.model: DraftModel = draft_model(draft, pool, max_model_len)
+        self.head = self.model.head if isinstance(self.model, HeadDraft) else None  # what can learn from the target
+        self.reads_hidden = self.model.hidden_size > 0
+        self._config, self._blocks, self._pool = config, blocks, self.model.pool
         self._seconds: dict[int, float] = {}  # of a level, by the number of sequences in powers of two
 
     def refresh(self) -> None:
-        """The target's weights have changed: so must copies of those that the head borrows."""
-        if self._program is not None:
-            self._program.load()
+        """The target's weights have changed: so must copies of those that a head borrows."""
+        self.model.refresh()
 
     @torch.inference_mode()
     def propose(self, sequences: List[Sequence], least_promise: float = 0.0) -> list[Drafted | None]:
-        """A tree for each sequence whose last token no pass has seen yet; None where the pool has no room. Levels whose
-        nodes promise fewer than `least_promise` accepted tokens in all are left out."""
+        """A tree for each sequence whose last token no pass has seen yet; None where the pool has no room, where the
+        draft cannot reach so far, or where it has more to read first than goes into one pass. Levels whose nodes
+        promise fewer than `least_promise` accepted tokens in all are left out."""
         width, depth = self._config.draft_top_k, self._config.draft_depth
-        able = [
-            s
-            for s in sequences
-            if len(s.token_ids) + depth <= self._max_model_len
-            and self._blocks.grow(s, len(s.token_ids) + width * (depth - 1))
-        ]
+        short = [s for s in sequences if len(s.token_ids) + depth <= self.model.max_len]
+        able = [s for s in self._near(short) if self._blocks.grow(s, len(s.token_ids) + width * (depth - 1))]
         if not able:
             return [None] * len(sequences)
         scales = [1.0 / s.request.sampling.temperature if s.request.sampling.temperature else 1.0 for s in able]
         scale = torch.tensor(scales, dtype=torch.float32, device=self._pool.device)
-        scores, hidden = self._catch_up(able)
+        scores, hidden = self._read(able, [len(s.token_ids) for s in able])
         tokens, chances, norms = self._likeliest(scores, scale)
         least, norm, scale = chances[:, -1], norms, scale.repeat_interleave(width)
         growth, pass_of = Growth(len(able), width, depth), LevelPass(self._pool, able, width)
@@ -85,8 +82,9 @@ class Drafter:
             if level.promise.sum() < least_promise:
                 break
             paged = pass_of(level, number)
-            hidden = hidden[torch.from_numpy(level.rows).to(hidden.device)]
-            logits, hidden = self._run(torch.from_numpy(level.tokens).to(hidden.device), hidden, None, paged)
+            if hidden is not None:
+                hidden = hidden[self._tensor(level.rows)]
+            logits, hidden = self.model.run(self._tensor(level.tokens), hidden, None, paged)
             growth.add(*self._likeliest(logits, scale)[:2])
             self._took(len(able), time.perf_counter() - started)
         for seq in able:
@@ -114,21 +112,47 @@ class Drafter:
         return tokens.cpu().numpy(), (best - norm[:, None]).exp().cpu().numpy(), norm.cpu().numpy()
 
     @torch.inference_mode()
-    def catch_up(self, sequences: List[Sequence]) -> None:
+    def catch_up(self, seq: Sequence) -> None:
         """Keys and values of all that the target has seen, without a guess."""
-        behind = [s for s in sequences if s.num_drafted_tokens < s.num_computed_tokens]
-        if behind:
-            self._catch_up(behind, ahead=0)
+        stop = min(seq.num_computed_tokens, self.model.max_len)
+        while seq.num_drafted_tokens < stop:
+            self._read([seq], [min(seq.num_drafted_tokens + _READS, stop)])
 
-    def _catch_up(self, sequences: List[Sequence], ahead: int = 1) -> tuple[Tensor, Tensor]:
-        """Read the tokens that the head has not read; returns, of each sequence's last one, logits `[B, V]` and guessed
-        hidden states `[B, H]`."""
-        stops = [s.num_computed_tokens + ahead for s in sequences]
+    def _near(self, sequences: List[Sequence]) -> list[Sequence]:
+        """The sequences that one pass brings up to date, the nearest first. Those that are further behind, such as a
+        prompt that another engine has computed, read a part meanwhile."""
+        near, left = [], _READS
+        for seq in sorted(sequences, key=lambda s: len(s.token_ids) - s.num_drafted_tokens):
+            behind = len(seq.token_ids) - seq.num_drafted_tokens
+            if behind <= left:
+                near.append(seq)
+            elif left > 0:
+                self._read([seq], [seq.num_drafted_tokens + left])
+            left -= behind
+        return near
+
+    def _read(self, sequences: List[Sequence], stops: List[int]) -> tuple[Tensor, Tensor | None]:
+        """Read the tokens that the draft has not read, up to `stops`; returns, of each sequence's last one, logits
+        `[B, V]` and guessed hidden states `[B, H]`."""
         # The last token is read again where no pass came in between.
         starts = [min(s.num_drafted_tokens, stop - 1) for s, stop in zip(sequences, stops, strict=True)]
         lengths = [stop - start for start, stop in zip(starts, stops, strict=True)]
-        hidden = torch.zeros(sum(lengths), self._size, dtype=self._pool.dtype, device=self._pool.device)
-        at = 0
+        hidden = self._hidden(sequences, starts, lengths) if self.reads_hidden else None
+        ids = np.concatenate([s.token_ids[a:b] for s, a, b in zip(sequences, starts, stops, strict=True)])
+        paged = PagedBatch.of(self._pool, lengths, starts, [s.block_table for s in sequences])
+        last = self._tensor(np.cumsum(lengths) - 1)
+        logits, states = self.model.run(self._tensor(ids), hidden, last, paged)
+        for seq, stop in zip(sequences, stops, strict=True):
+            self._blocks.draft_is_in(
+                seq.block_table[seq.num_drafted_tokens // self._blocks.block_size : stop // self._blocks.block_size]
+            )
+            seq.num_drafted_tokens = stop
+        return logits, None if states is None else states[last]
+
+    def _hidden(self, sequences: List[Sequence], starts: List[int], lengths: List[int]) -> Tensor:
+        """The target's hidden states before so many tokens of each sequence, `[T, H]`; 0 where they are not known."""
+        size, at = self.model.hidden_size, 0
+        hidden = torch.zeros(sum(lengths), size, dtype=self._pool.dtype, device=self._pool.device)
         for seq, start, length in zip(sequences, starts, lengths, strict=True):
             for position, states, row, count in seq.hidden:
                 to = position + 1 - start  # the state after a token goes with the next one
@@ -137,17 +161,8 @@ class Drafter:
                 if count > skipped:
                     hidden[at + to + skipped : at + to + count] = states[row + skipped : row + count]
             at += length
-            self._keep_from(seq, start + length - 1 - ahead)
-        ids = np.concatenate([s.token_ids[a:b] for s, a, b in zip(sequences, starts, stops, strict=True)])
-        paged = PagedBatch.of(self._pool, lengths, starts, [s.block_table for s in sequences])
-        last = self._tensor(np.cumsum(lengths) - 1)
-        logits, states = self._run(self._tensor(ids), hidden, last, paged)
-        for seq, stop in zip(sequences, stops, strict=True):
-            self._blocks.draft_is_in(
-                seq.block_table[seq.num_drafted_tokens // self._blocks.block_size : stop // self._blocks.block_size]
-            )
-            seq.num_drafted_tokens = stop
-        return logits, states[last]
+            self._keep_from(seq, min(start + length, seq.num_computed_tokens) - 1)
+        return hidden
 
     def _keep_from(self, seq: Sequence, position: int) -> None:
         """Drop the hidden states that are read for good: those before token `position`'s."""
@@ -156,27 +171,21 @@ class Drafter:
         seq.hidden.extend((first + cut, states, row + cut, count - cut) for cut, first, states, row, count in kept)
 
     def take_import(self, seq: Sequence, kv: KVImport) -> None:
-        """Go on where another engine's head was; without a word from it, from the tokens alone."""
-        seq.num_drafted_tokens = kv.num_drafted_tokens
-        if kv.hidden is not None:
+        """Go on where another engine's head was; without a word from it, or with a small model, from the tokens
+        alone."""
+        seq.num_drafted_tokens = kv.num_drafted_tokens if self.reads_hidden else 0
+        if self.reads_hidden and kv.hidden is not None:
             states = torch.from_numpy(kv.hidden)[None].to(self._pool)
             seq.hidden.append((kv.num_tokens - 1, states, 0, 1))
 
-    def prepare_export(self, seq: Sequence) -> np.ndarray:
-        """Read all that the target has seen; returns its last hidden state, float32 `[H]`."""
-        self.catch_up([seq])
+    def prepare_export(self, seq: Sequence) -> tuple[int, np.ndarray | None]:
+        """How many tokens the exported blocks hold the draft's keys and values of, and the target's last hidden state,
+        float32 `[H]`. A head reads all that the target has seen; a small model's own pool stays here."""
+        if not self.reads_hidden:
+            return 0, None
+        self.catch_up(seq)
         _, states, row, _ = seq.hidden[-1]
-        return states[row].float().cpu().numpy()
-
-    def _run(self, ids: Tensor, hidden: Tensor, rows: Tensor | None, paged: PagedBatch) -> tuple[Tensor, Tensor]:
-        """Logits `[R, V]` of some rows (None: all) and the guessed hidden states of all, `[T, H]`."""
-        if self._program is not None:
-            every = torch.arange(len(ids)) if rows is None else rows
-            logits, states = self._program(ids, every, paged, hidden)
-            assert states is not None
-            return logits, states
-        states = self.head(ids, hidden, paged.positions, paged)
-        return self.head.lm_head(states if rows is None else states[rows]), states
+        return seq.num_drafted_tokens, states[row].float().cpu().numpy()
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.asarray(values, np.int64)).to(self._pool.device)

@@ -42,11 +42,12 @@ class KVPool:
             self.tensor = torch.zeros(shape, dtype=dtype, device=device)
 
     def write(self, blocks: Sequence[int], data: np.ndarray) -> None:
-        """Fill `blocks` from `data` `[len(blocks), *block_shape]` (bfloat16 as uint16); its layers may be fewer."""
+        """Fill `blocks` from `data` `[len(blocks), *block_shape]` (bfloat16 as uint16); layers that only one of
+        the two has, such as a draft head's, are left out."""
         source = torch.from_numpy(data if data.flags.writeable else data.copy())
         if self.dtype == "bfloat16":
             source = source.view(torch.bfloat16)
-        layers = self.tensor[:, : source.shape[1]]
+        layers, source = self.tensor[:, : source.shape[1]], source[:, : self.tensor.shape[1]]
         layers.index_copy_(0, torch.tensor(list(blocks), device=layers.device), source.to(layers.device))
 
     def move_tokens(self, sources: np.ndarray, targets: np.ndarray) -> None:

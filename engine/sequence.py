@@ -38,13 +38,13 @@ class Sequence:
     draft: TokenTree | None = None  # what the coming pass verifies, if there is room for it
     speculates: bool = True  # until a retriever fails it
     agreements: list[Agreement] = field(default_factory=list)  # with each retriever
-    drafted: tuple | None = None  # tokens, parents and chances of the draft head's tree, before the others joined it
+    drafted: tuple | None = None  # tokens, parents and chances of the draft's tree, before the others joined it
     draft_agreement: Agreement = field(default_factory=Agreement)
     belief: Belief = field(default_factory=Belief)
     retrieved: list[TokenTree] = field(default_factory=list)  # by each, for the draft
     # Hidden states that a draft head has not read: (position of the first, a pass's states, row of the first, number).
     hidden: deque[tuple[int, Any, int, int]] = field(default_factory=lambda: deque(maxlen=_HIDDEN))
-    num_drafted_tokens: int = 0  # of which a draft head has read
+    num_drafted_tokens: int = 0  # that a draft has read
     _tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     _num_kept: int = 0  # of `token_ids`, in `_tokens`
     kv: KVImport | None = None  # keys and values that came with the request, until they are in blocks

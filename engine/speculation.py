@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
@@ -34,6 +35,7 @@ _TRIALS, _TRY_AGAIN = 4, 48  # so many passes with and without a draft before th
 _PROMISES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of accepted tokens a sequence, between which passes are compared
 TRIAL_NODES = 4  # of trees that are only tried, to see what a step takes
 _CHANCES = -1.0  # in place of a rate: weights are chances already
+_T = TypeVar("_T")
 _Tree = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens int32, parents int32, and chances or weights float32
 _NO_TREE: _Tree = (np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 _LEAST_PROMISE = 0.05  # accepted tokens a sequence for which a draft looks deeper, where its costs are not measured
@@ -297,6 +299,14 @@ class Speculation:
             for seq in sequences:
                 self._give_up(seq, error)
             return [None] * len(sequences)
+
+    def guard(self, seq: Sequence, read: Callable[[Sequence], _T], otherwise: _T) -> _T:
+        """What the draft says to `read(seq)`, outside of its proposals; `otherwise` if it fails, or has failed."""
+        try:
+            return read(seq) if seq.speculates else otherwise
+        except Exception as error:
+            self._give_up(seq, error)
+            return otherwise
 
     def _give_up(self, seq: Sequence, error: Exception) -> None:
         """End the guessing for a request, and nothing else."""

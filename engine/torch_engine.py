@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ from thornback.contracts import (
     WeightView,
 )
 from thornback.engine.block_manager import BlockManager
+from thornback.engine.draft_head import DraftHead
+from thornback.engine.draft_model import block_shapes, load_draft
 from thornback.engine.drafter import Drafter
 from thornback.engine.kv_pool import KVPool
 from thornback.engine.layout import NO_PARENTS, draws
@@ -84,23 +87,24 @@ class TorchEngine:
         self.shape = ModelShape.of(self.model)
         weight = next(self.model.parameters())
         self.max_model_len = min(config.max_model_len or self.shape.max_positions, self.shape.max_positions)
-        drafting = bool(config.speculation and config.speculation.draft)
-        block_shape = (self.shape.num_layers + drafting, 2, self.shape.kv_heads, config.block_size, self.shape.head_dim)
-        num_blocks = self._num_blocks(block_shape, weight.element_size())
+        draft = load_draft(config.speculation, self.model)
+        block_shape, *others = block_shapes(self.shape, draft, config.block_size)
+        num_blocks = self._num_blocks(weight.element_size() * sum(map(prod, (block_shape, *others))))
         self.max_model_len = min(self.max_model_len, num_blocks * config.block_size)
         self.pool = KVPool(num_blocks, block_shape, weight.dtype, weight.device, config.kv_location)
         self.blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
         adapters = AdapterSet(self.model, config.adapters)
-        self.runner = ModelRunner(self.model, self.pool, adapters, self.max_model_len, keep_hidden=drafting)
+        keep_hidden = isinstance(draft, DraftHead)
+        self.runner = ModelRunner(self.model, self.pool, adapters, self.max_model_len, keep_hidden)
         if config.speculation and (self.shape.sliding_window or self.max_model_len) < self.max_model_len:
             raise ConfigError(
                 f"{model} attends to the last {self.shape.sliding_window} tokens only, which speculation does not see: "
                 "leave it out, or make max_model_len no longer than that."
             )
         self.drafter: Drafter | None = None
-        if config.speculation and drafting:
-            self.drafter = Drafter(config.speculation, self.model, self.pool.tensor, self.blocks, self.max_model_len)
+        if config.speculation and draft is not None:
+            self.drafter = Drafter(config.speculation, draft, self.pool.tensor, self.blocks, self.max_model_len)
         self.speculation = Speculation(
             config.speculation, retrievers, self.drafter, self.max_model_len, self.shape.vocab_size
         )
@@ -112,10 +116,9 @@ class TorchEngine:
         self._paused = False
         self.measure_costs()
 
-    def _num_blocks(self, block_shape: tuple[int, ...], element_size: int) -> int:
+    def _num_blocks(self, block_bytes: int) -> int:
         if self.config.num_blocks:
             return self.config.num_blocks
-        block_bytes = element_size * int(torch.tensor(block_shape).prod())
         wanted = -(-self.max_model_len // self.config.block_size) * self.config.max_num_seqs
         return max(1, min(wanted, self.config.kv_cache_memory_bytes // block_bytes))
 
@@ -246,7 +249,7 @@ class TorchEngine:
                 self._keep_prompt_scores(item, logits, row)
                 if seq.num_computed_tokens < seq.num_prompt_tokens:
                     last_row += item.num_tokens - 1  # it has a row for each of its tokens
-            if self.drafter is not None:
+            if self.drafter is not None and self.drafter.reads_hidden:
                 seq.hidden.append((seq.num_computed_tokens, self.runner.hidden, first_token, item.num_tokens))
                 first_token += item.num_tokens + (len(item.draft) if item.draft is not None else 0)
             seq.num_computed_tokens += item.num_tokens
@@ -277,7 +280,7 @@ class TorchEngine:
                 if node != i:
                     sources.append(table[(start + node) // size] * size + (start + node) % size)
                     targets.append(table[(start + i) // size] * size + (start + i) % size)
-                if self.drafter is not None:
+                if self.drafter is not None and self.drafter.reads_hidden:
                     seq.hidden.append((start + i, self.runner.hidden, turn.end - len(draft) + node, 1))
             seq.num_computed_tokens += len(path)
         if sources:
@@ -288,7 +291,7 @@ class TorchEngine:
         one. Those that find no room wait like any request."""
         siblings, seq.siblings = seq.siblings, []
         if self.drafter is not None:
-            self.drafter.catch_up([seq])  # once for all of them
+            self.speculation.guard(seq, self.drafter.catch_up, None)  # once for all of them
         for sibling in siblings:
             tail = seq.num_computed_tokens % self.config.block_size
             if len(self.scheduler.running) >= self.config.max_num_seqs or self.blocks.num_free < bool(tail):
@@ -300,6 +303,8 @@ class TorchEngine:
             if tail:
                 sibling.block_table = shared + self.blocks.allocate(1, after=shared[-1] if shared else None)
                 self.pool.copy_block(seq.block_table[-1], sibling.block_table[-1])
+                if self.drafter is not None:
+                    self.drafter.model.copy_block(seq.block_table[-1], sibling.block_table[-1])
             copied = "num_computed_tokens num_hashed_blocks prefix_node prompt_logprobs num_drafted_tokens"
             for name in copied.split():
                 setattr(sibling, name, getattr(seq, name))
@@ -370,7 +375,9 @@ class TorchEngine:
 
     def _export(self, seq: Sequence) -> KVExport:
         """Offer a sequence's blocks under a lease; the drawn token has no keys and values yet."""
-        hidden = self.drafter.prepare_export(seq) if self.drafter is not None else None
+        read: tuple[int, np.ndarray | None] = 0, None
+        if self.drafter is not None:
+            read = self.speculation.guard(seq, self.drafter.prepare_export, read)
         used = seq.block_table[: self.blocks.blocks_for(seq.num_computed_tokens)]
         self.blocks.share(used)
         lease = Lease(uuid.uuid4().hex, time.time() + self.config.lease_seconds)
@@ -385,8 +392,8 @@ class TorchEngine:
             dtype=self.pool.dtype,
             block_shape=self.pool.block_shape,
             weight_version=self.weight_version,
-            num_drafted_tokens=seq.num_drafted_tokens,
-            hidden=hidden,
+            num_drafted_tokens=read[0],
+            hidden=read[1],
         )
 
     def release(self, lease: Lease) -> None:

@@ -156,8 +156,9 @@ def test_heads_that_do_not_fit_are_refused(tiny_model, head_for, tmp_path) -> No
         engine_of(model, draft)
     with pytest.raises(ModelError, match="no readable config"):
         engine_of(model, str(tmp_path / "nowhere"))
-    with pytest.raises(ModelError, match="no draft head"):
-        engine_of(model, str(model))
+    (tmp_path / "head-0" / "config.json").write_text('{"architectures": ["Another"]}')
+    with pytest.raises(ModelError, match="neither a draft head nor a model"):
+        engine_of(model, draft)
     assert json.loads((tmp_path / "other" / "config.json").read_text())["architectures"] == ["ThornbackDraftHead"]
 
 

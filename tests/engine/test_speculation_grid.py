@@ -16,7 +16,8 @@ from thornback.engine.draft_head import DraftHead
 from thornback.engine.model import load_model
 
 VOCABULARY, NEW_TOKENS = 64, 12
-WAYS = ("prompt lookup", "retrieval", "draft", "rasd")
+WAYS = ("prompt lookup", "retrieval", "draft", "model", "rasd")
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}  # what drafts
 
 
 def requests_of(count: int, temperature: float) -> list[Request]:
@@ -42,15 +43,20 @@ def plain_answers(model: Path, count: int, temperature: float) -> list[list[int]
     return answers(TorchEngine(model, EngineConfig(num_threads=1, max_num_seqs=32)), requests_of(count, temperature))
 
 
-def compare(model: Path, place: Path, way: str, batch: int, temperature: float, count: int) -> None:
-    requests, wanted = requests_of(count, temperature), plain_answers(model, count, temperature)
-    uses = {"prompt lookup": "p", "retrieval": "r", "draft": "d", "rasd": "prd"}[way]
-    documents = [[*r.prompt_token_ids, *a] for r, a in zip(requests, wanted, strict=True)][::2]  # every second is known
-    if "d" in uses:
+def draft_of(model: Path, small: Path, place: Path, way: str) -> str:
+    """The directory of what drafts."""
+    if way in ("draft", "rasd"):
         DraftHead.new(load_model(model)).save(place / "head")
-    speculation = SpeculationConfig(
-        num_nodes=24, adaptive=False, draft=str(place / "head") if "d" in uses else "", draft_depth=3, draft_top_k=4
-    )
+        return str(place / "head")
+    return str(small) if way == "model" else ""
+
+
+def compare(model: Path, small: Path, place: Path, way: str, batch: int, temperature: float, count: int) -> None:
+    requests, wanted = requests_of(count, temperature), plain_answers(model, count, temperature)
+    uses = {"prompt lookup": "p", "retrieval": "r", "rasd": "pr"}.get(way, "")
+    documents = [[*r.prompt_token_ids, *a] for r, a in zip(requests, wanted, strict=True)][::2]  # every second is known
+    draft = draft_of(model, small, place, way)
+    speculation = SpeculationConfig(num_nodes=24, adaptive=False, draft=draft, draft_depth=3, draft_top_k=4)
     retrievers = [PromptLookup()] if "p" in uses else []
     if "r" in uses:
         retrievers.append(Datastore.build(documents, VOCABULARY * 2))
@@ -68,7 +74,7 @@ def compare(model: Path, place: Path, way: str, batch: int, temperature: float, 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_sample_of_the_grid(tiny_model, tmp_path, way, temperature) -> None:
-    compare(tiny_model("qwen3"), tmp_path, way, 8, temperature, count=40)
+    compare(tiny_model("qwen3"), tiny_model("llama", **SMALL), tmp_path, way, 8, temperature, count=40)
 
 
 @pytest.mark.full
@@ -77,4 +83,4 @@ def test_a_sample_of_the_grid(tiny_model, tmp_path, way, temperature) -> None:
 @pytest.mark.parametrize("batch", [1, 4, 32])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_grid(tiny_model, tmp_path, architecture, way, batch, temperature) -> None:
-    compare(tiny_model(architecture), tmp_path, way, batch, temperature, count=500)
+    compare(tiny_model(architecture), tiny_model("llama", **SMALL), tmp_path, way, batch, temperature, count=500)
