@@ -43,11 +43,12 @@ class SpeculationSection(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     method: Literal["off", "rasd"] = "off"
-    """rasd: guess by prompt lookup, from the datastore and by the draft head, if there are any."""
+    """rasd: guess by prompt lookup, from the datastore and by the draft, if there are any."""
     datastore: str = ""
     """A file that thornback datastore build has written; may be a URI."""
     draft: str = ""
-    """A directory that thornback draft has written."""
+    """A directory that thornback draft has written, or a small model with the same tokenizer: its directory, or a hub \
+name."""
     num_nodes: int = Field(default=32, ge=1, le=63)
     """Guesses for a sequence that a pass verifies, at most."""
     learn_from_traffic: bool = False

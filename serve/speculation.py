@@ -10,8 +10,9 @@ import ray
 from pyarrow import fs
 
 from thornback.contracts import DataError, ModelError, Retriever
-from thornback.engine.draft_files import read_draft_config
+from thornback.engine.draft_files import holds_head, is_hub_name, read_draft_config
 from thornback.serve.config import SpeculationSection
+from thornback.serve.model_source import TOKENIZER_FILES
 
 if TYPE_CHECKING:  # else where it is used: it brings numba along, which a server without guesses does not need
     from thornback.data import Datastore
@@ -20,16 +21,31 @@ _ATTEMPTS, _TIMEOUT_S = 3, 120.0
 
 
 def check_sources(section: SpeculationSection, model: str) -> None:
-    """Raise `DataError` or `ModelError` for a datastore or a draft head that is damaged, or made for another model than
-    the directory `model`. Models of the hub are compared when a replica has loaded them."""
+    """Raise `DataError` or `ModelError` for a datastore or a draft that is damaged, or made for another model than the
+    directory `model`; a small model must have the same tokenizer. Models of the hub, and drafts of the hub, are
+    compared when a replica has loaded them, by their vocabulary's size."""
     config = _config_of(model)
     if section.datastore:
         from thornback.data import Datastore, tokenizer_fingerprint
 
         vocab_size, fingerprint = config.get("vocab_size"), tokenizer_fingerprint(model) if config else None
         Datastore.open(section.datastore, vocab_size, fingerprint)
-    if section.draft:
-        read_draft_config(section.draft, config)
+    if section.draft and not is_hub_name(section.draft):
+        head = holds_head(read_draft_config(section.draft, config))
+        if config and not head:
+            _compare_tokens(section.draft, model)
+
+
+def _compare_tokens(draft: str, model: str) -> None:
+    from thornback.data import same_tokens
+
+    if not any(Path(draft, name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(f"The draft {draft} has no tokenizer to compare with the model's; save the model's there.")
+    if not same_tokens(draft, model):
+        raise ModelError(
+            f"The draft {draft} has another tokenizer than {model}: their token ids mean different things; "
+            "give a draft of the same family."
+        )
 
 
 def _config_of(model: str) -> dict[str, Any]:

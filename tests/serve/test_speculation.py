@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from thornback.cli.main import main
 from thornback.contracts import EngineLoad, SpeculationStats
 from thornback.data import Datastore, load_tokenizer, tokenizer_fingerprint
 from thornback.serve.metrics import Metrics
+from thornback.train.build import build_model
 
 TEXT = "the quick brown fox jumps over the lazy dog and goes on "
 
@@ -32,6 +34,14 @@ def sources(byte_model, tmp_path_factory) -> tuple[Path, Path]:
     Datastore.build(documents, len(tokenizer), tokenizer_fingerprint(byte_model)).save(str(place / "store.arrow"))
     DraftHead.new(load_model(byte_model)).save(place / "head")
     return place / "store.arrow", place / "head"
+
+
+@pytest.fixture(scope="module")
+def small(byte_model, tmp_path_factory) -> Path:
+    """A smaller model with the same tokenizer."""
+    place, tokenizer = tmp_path_factory.mktemp("small"), load_tokenizer(byte_model)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    return build_model(place, tokenizer, vocab_size=len(tokenizer), max_position_embeddings=8192, **shape)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +76,20 @@ def test_the_text_is_the_same(server, guessing, sampling) -> None:
         assert other["text"] == choice["text"]
         assert other["finish_reason"] == choice["finish_reason"]
         np.testing.assert_allclose(other["logprobs"]["token_logprobs"], choice["logprobs"]["token_logprobs"], atol=1e-3)
+
+
+@pytest.mark.full
+def test_a_small_model_drafts(serve, server, byte_model, small) -> None:
+    """As above, with nothing else to guess from than prompt lookup."""
+    drafting = serve(
+        byte_model, "--speculate", "rasd", "--draft", str(small), "served_model_name=tiny", "api_keys=[secret-key]",
+        "threads_per_replica=1",
+    )  # fmt: skip
+    for sampling in ({"temperature": 0}, {"temperature": 1.0, "seed": 5, "n": 3}):
+        for choice, other in zip(ask(server, **sampling), ask(drafting, **sampling), strict=True):
+            assert other["text"] == choice["text"]
+    assert drafting.metric("vllm:spec_decode_num_drafts_total") > 0
+    assert drafting.metric("thornback:spec_decode_num_failures_total") == 0
 
 
 @pytest.mark.full
@@ -124,7 +148,9 @@ def refused(capsys, *arguments: str) -> str:
     return said
 
 
-def test_sources_that_do_not_fit_are_refused_at_the_start(byte_model, tiny_model, sources, tmp_path, capsys) -> None:
+def test_sources_that_do_not_fit_are_refused_at_the_start(
+    byte_model, tiny_model, sources, small, tmp_path, capsys
+) -> None:
     store, head = map(str, sources)
     model, other, rasd = (
         str(byte_model),
@@ -141,7 +167,17 @@ def test_sources_that_do_not_fit_are_refused_at_the_start(byte_model, tiny_model
     large = tmp_path / "large.arrow"
     Datastore.build([[1, 2, 3]], 1000, tokenizer_fingerprint(model)).save(str(large))
     assert "vocabulary of 1000" in refused(capsys, model, *rasd, "--datastore", str(large))
-    assert "no draft head" in refused(capsys, model, *rasd, "--draft", model)
+    assert "has a vocabulary of 512 tokens" in refused(capsys, model, *rasd, "--draft", other)
+    foreign = str(tiny_model("qwen3", vocab_size=259))
+    capsys.readouterr()
+    assert "has another tokenizer than" in refused(capsys, model, *rasd, "--draft", foreign)
+    mute = tmp_path / "mute"
+    shutil.copytree(small, mute, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "has no tokenizer to compare" in refused(capsys, model, *rasd, "--draft", str(mute))
+    weights = mute / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    assert "is damaged" in refused(capsys, model, *rasd, "--draft", str(mute))
+    assert "no readable config.json" in refused(capsys, model, *rasd, "--draft", str(tmp_path / "none"))
     assert "the method is off" in refused(capsys, model, "--datastore", store)
     assert not ray.is_initialized()  # nothing had begun
 

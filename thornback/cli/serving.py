@@ -16,7 +16,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--port", type=int, help="the port to listen on (default: 8000; 0 takes a free one)")
     parser.add_argument("--speculate", choices=["off", "rasd"], help="several tokens a pass (docs/speculation.md)")
     parser.add_argument("--datastore", metavar="FILE", help="guess from what thornback datastore build has written")
-    parser.add_argument("--draft", metavar="DIRECTORY", help="guess by what thornback draft has written")
+    parser.add_argument("--draft", metavar="DIRECTORY", help="guess by a draft head, or by a small model")
     parser.set_defaults(run=run)
 
 
