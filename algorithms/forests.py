@@ -12,10 +12,11 @@ from thornback.algorithms.trees import agreement, fuse, likelihoods, verify
 
 
 @compiled
-def fuse_all(tokens, parents, weights, rates, sources, stops, num_nodes, max_depths):
+def fuse_all(tokens, parents, weights, matches, doubts, sources, stops, num_nodes, max_depths):
     """What each sequence's sources say, as one tree (`fuse`). Sources end at `sources` `[R]`, and sequence s has those
-    up to `stops[s]`; `rates` `[R]`: how often a source's next token is right (`likelihoods`), or negative where
-    `weights` are chances already. Returns tokens, parents, chances and stops `[S]` of the trees."""
+    up to `stops[s]`; `matches` and `doubts` `[R]`: the length of its match and how much it is to be doubted
+    (`likelihoods`); a negative length: `weights` are chances already. Returns tokens, parents, chances and stops `[S]`
+    of the trees."""
     found, above = np.empty(len(tokens), np.int32), np.empty(len(tokens), np.int32)
     chances, ends = np.empty(len(tokens), np.float32), np.empty(len(stops), np.int64)
     unknown = np.empty(0, np.float32)
@@ -24,9 +25,9 @@ def fuse_all(tokens, parents, weights, rates, sources, stops, num_nodes, max_dep
         first, first_source = start, source
         while source < stops[s]:
             stop = sources[source]
-            if rates[source] >= 0:
+            if matches[source] >= 0:
                 of = tokens[start:stop], parents[start:stop], weights[start:stop]
-                weights[start:stop] = likelihoods(*of, rates[source], unknown, 0.0)
+                weights[start:stop] = likelihoods(*of, matches[source], doubts[source], unknown, 0.0)
             start, source = stop, source + 1
         of = tokens[first:start], parents[first:start], weights[first:start]
         tree = fuse(*of, sources[first_source:source] - first, num_nodes, max_depths[s])

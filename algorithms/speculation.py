@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from thornback.algorithms.compiled import compiled
 
-# How often a retrieved token is right before anything is known of a sequence, by how long the match was: so often
-# where that is not known, or short; with a long one, this much is left of the doubt. So many guesses that counts for.
-_PRIOR, _LONG, _DOUBT_LEFT, _TRUST = 0.9, 16, 0.5, 3.0
+# How often a guessed token is right before anything is known of a sequence, and for how many guesses that counts.
+_PRIOR, _TRUST = 0.75, 3.0
 _MEMORY = 0.9  # what an earlier pass weighs beside the one after it
 
 
@@ -20,10 +19,15 @@ class Agreement:
     right: float = 0.0
     tried: float = 0.0
 
-    def rate(self, match_length: int = 0) -> float:
-        """How often the next guess will be right, each token of it, if the source found a match of that length."""
-        doubt = (1.0 - _PRIOR) * _DOUBT_LEFT ** (min(match_length, _LONG) / _LONG)
-        return (self.right + (1.0 - doubt) * _TRUST) / (self.tried + _TRUST)
+    @property
+    def rate(self) -> float:
+        """How often the next guess will be right, each token of it."""
+        return (self.right + _PRIOR * _TRUST) / (self.tried + _TRUST)
+
+    @property
+    def doubt(self) -> float:
+        """How much oftener than usual the source is wrong."""
+        return (1.0 - self.rate) / (1.0 - _PRIOR)
 
     def learn(self, num_accepted: int, stopped: float) -> None:
         """So many tokens in a row were right; then `stopped`, in [0, 1], guesses were wrong: 0 if the tree ended."""

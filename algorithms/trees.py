@@ -14,27 +14,31 @@ from thornback.algorithms.compiled import compiled
 
 
 @compiled
-def likelihoods(tokens, parents, weights, rate, first, least):
-    """How likely each node of a retrieved tree is right, float32 `[N]`, by its share of the continuations, and by how
-    often the source's next token is right: share ** 0.35 * rate ** (0.7 + 0.3 * depth). The exponents are ours, and
-    measured: few continuations say little of shares, and where some tokens are right the next ones are likelier.
+def likelihoods(tokens, parents, weights, match_length, doubt, first, least):
+    """How likely each node of a retrieved tree is right, float32 `[N]` (ours). Its chance behind its parent is its
+    share of the continuations there, less a doubt: exp(-(n - 1) / 7) * c ** -0.1 * `doubt`, at most 0.97.
+
+    n: the tokens that are known to agree where the node is reached: the `match_length` (0, unknown, counts as 8), and
+    the nodes above. c: how many continuations there are. So a chain that was found behind two tokens is hardly believed
+    at its first token, and more with each that comes true. Both numbers are measured, on texts of the `rasd` benchmark.
 
     Where a draft's distribution of the next token is known at the branches' first nodes, `first` `[branches]`, in order
     (else empty), branches below `least` get 0, and are pruned thereby."""
-    out, depth = np.empty(len(tokens), np.float32), np.empty(len(tokens), np.int64)
+    out, agreed = np.empty(len(tokens), np.float32), np.empty(len(tokens), np.int64)
     total, branch = 0.0, 0
     for i in range(len(tokens)):
         if parents[i] < 0:
             total += weights[i]
     for i in range(len(tokens)):
         if parents[i] < 0:
-            depth[i] = 1
-            kept = len(first) == 0 or first[branch] >= least
+            chance, count, agreed[i] = 1.0, total, match_length if match_length else 8
+            if len(first) and first[branch] < least:
+                chance = 0.0
             branch += 1
         else:
-            depth[i] = depth[parents[i]] + 1
-            kept = out[parents[i]] > 0
-        out[i] = (weights[i] / total) ** 0.35 * rate ** (0.7 + 0.3 * depth[i]) if kept else 0.0
+            chance, count, agreed[i] = out[parents[i]], weights[parents[i]], agreed[parents[i]] + 1
+        doubted = min(0.97, np.exp((1 - agreed[i]) / 7) * count**-0.1 * doubt)
+        out[i] = chance * weights[i] / count * (1 - doubted)
     return out
 
 

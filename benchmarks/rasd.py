@@ -1,11 +1,12 @@
 """Speculation at batch 1 on four tasks of real text (see real_text.py), a target of 12 layers and a draft of one.
 
-Two measurements. With trees of a fixed size, the same for every source: tokens emitted per pass, the bonus token
-included (`accept_vs_best_single`: RASD's average over the tasks over that of the best single source;
-`accept_worst_task`: the least of RASD's over the task's best). And with trees sized to the machine, as an engine does
-by itself: tokens per second (`speed_vs_plain`, `speed_vs_best_single`: geometric means over the tasks), beside vLLM
-with its `ngram` and `suffix` methods and `transformers` with its prompt lookup on the same target
-(`speedup_vs_vllm_suffix`, `speedup_vs_vllm_ngram`: our speed-up over our plain decoding over theirs over their own).
+Two measurements. With trees of a fixed size, the same for every source: tokens emitted per pass that decodes, the
+bonus token included; a prompt's own pass, which is the same for all, is not (`accept_vs_best_single`: RASD's average
+over the tasks over that of the best single source; `accept_worst_task`: the least of RASD's over the task's best). And
+with trees sized to the machine, as an engine does by itself: tokens per second, prompts included (`speed_vs_plain`,
+`speed_vs_best_single`: geometric means over the tasks), beside vLLM with its `ngram` and `suffix` methods and
+`transformers` with its prompt lookup on the same target (`speedup_vs_vllm_suffix`, `speedup_vs_vllm_ngram`: our
+speed-up over our plain decoding over theirs over their own).
 
 Every source's text is plain decoding's: checked in every turn. The models are made by
 `python -m benchmarks.speculation_models`, once, if they are not there.
@@ -77,7 +78,7 @@ def _theirs(models: Mapping[str, str], work: Mapping[str, Any]) -> list[Peer]:
 def results(fixed: Mapping[str, Turns], free: Mapping[str, Turns]) -> Results:
     for turns in (fixed, free):
         _check_texts(turns)
-    per_pass = {name: _ratio(turns, "tokens", "passes") for name, turns in fixed.items()}
+    per_pass = {name: _ratio(turns, "decoded", "passes") for name, turns in fixed.items()}
     speed = {name: _ratio(turns, "tokens", "seconds") for name, turns in free.items()}
     rows = [_row(name, f"trees of {NODES}", turns, per_pass[name]) for name, turns in fixed.items()]
     rows += [_row(name, f"sized, at most {MOST_NODES}", turns, None) for name, turns in free.items()]
@@ -126,7 +127,7 @@ def _row(name: str, trees: str, turns: Turns, per_pass: Mapping[str, float] | No
     row |= {f"{task}_tokens_per_second": value for task, value in _ratio(turns, "tokens", "seconds").items()}
     if name in SOURCES:
         row |= {
-            "tokens_per_pass": total("tokens") / total("passes"),
+            "tokens_per_pass": total("decoded") / total("passes"),
             "nodes_per_pass": total("nodes") / total("passes"),
             "drafting_share": total("drafting") / total("seconds"),
             "retrieval_share": total("retrieval") / total("seconds"),

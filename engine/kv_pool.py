@@ -53,10 +53,13 @@ class KVPool:
     def move_tokens(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy the keys and values of tokens, `[n]` places each (block * block_size + row); all are read before any is
         written."""
-        size = self.block_shape[3]
-        places = (torch.from_numpy(x).to(self.tensor.device) for x in (*divmod(sources, size), *divmod(targets, size)))
-        from_block, from_row, to_block, to_row = places
-        self.tensor[to_block, :, :, :, to_row] = self.tensor[from_block, :, :, :, from_row]
+        size, width = self.block_shape[-2:]
+        heads = int(np.prod(self.block_shape[:-2]))  # of all layers, keys and values
+        rows = self.tensor.view(-1, width)
+        # Where each head's row of each token lies, `[n, heads]`: whole rows are copied, in one call each way.
+        first = (np.stack([sources, targets]) // size * heads)[:, :, None] + np.arange(heads)
+        places = torch.from_numpy(first * size + (np.stack([sources, targets]) % size)[:, :, None]).to(rows.device)
+        rows.index_copy_(0, places[1].ravel(), rows.index_select(0, places[0].ravel()))
 
     def copy_block(self, source: int, target: int) -> None:
         self.tensor[target] = self.tensor[source]

@@ -22,11 +22,10 @@ from thornback.algorithms import (
 )
 from thornback.contracts import Retriever, SpeculationConfig, SpeculationStats, TokenTree
 from thornback.engine.drafter import Drafted, Drafter
+from thornback.engine.pass_costs import Costs, PassCosts
 from thornback.engine.sequence import Sequence
 
 _log = logging.getLogger(__name__)
-_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens of the passes that are timed
-_LEAST, _MOST, _MEASURE_SECONDS = 4, 32, 0.5  # how often each is timed: more while that takes no longer
 _MEMORY = 0.95  # what an earlier pass weighs in a rate
 _LIKELY = 0.05  # retrieved branches whose first token a draft thinks so likely stay, whatever its other choices
 _JUDGES = 0.6  # how often a draft must be right to judge what others say
@@ -34,7 +33,7 @@ _RUN, _PERIOD = 8, 256  # so many passes in a row try the other way, once in so 
 _TRIALS, _TRY_AGAIN = 4, 48  # so many passes with and without a draft before they are compared; one in so many tries
 _PROMISES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of accepted tokens a sequence, between which passes are compared
 TRIAL_NODES = 4  # of trees that are only tried, to see what a step takes
-_CHANCES = -1.0  # in place of a rate: weights are chances already
+_CHANCES = -1  # in place of a match: weights are chances already
 _T = TypeVar("_T")
 _Tree = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens int32, parents int32, and chances or weights float32
 _NO_TREE: _Tree = (np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
@@ -104,18 +103,20 @@ class _Worth:
 
     def __init__(self) -> None:
         self._tokens, self._seconds, self._passes = [0.0, 0.0], [0.0, 0.0], [0, 0]
-        self.drafted = False
+        self.drafted = self.trying = False
 
     def choose(self, rate: float) -> bool:
         """Whether to draft, where so many tokens a second come anyway."""
         few = [way for way in (True, False) if self._passes[way] < _TRIALS]
+        again = sum(self._passes) % _TRY_AGAIN == 0
+        self.trying = bool(few) or again
         if few:
             self.drafted = few[0]
         else:
             gain, cost = (
                 self._mean(values, True) - self._mean(values, False) for values in (self._tokens, self._seconds)
             )
-            self.drafted = (gain > cost * rate) != (sum(self._passes) % _TRY_AGAIN == 0)
+            self.drafted = (gain > cost * rate) != again
         return self.drafted
 
     def _mean(self, values: list[float], way: bool) -> float:
@@ -145,13 +146,13 @@ class Speculation:
         self._config = config if retrievers or drafter else None
         self._retrievers, self._drafter = retrievers, drafter
         self._max_model_len, self._vocab_size = max_model_len, vocab_size
-        # What passes of so many tokens take, and for each sequence in them besides.
-        self._sizes, self._seconds, self._of_sequence = np.empty(0), np.empty(0), 0.0
+        self._costs = PassCosts()
         self._loads: dict[int, _Load] = {}  # by the number of sequences, in powers of two
         self._load: _Load | None = None
         self._worths: dict[tuple[int, int], _Worth] = {}  # by that, and by what retrieval promises
         self._worth: _Worth | None = None
-        self._started = 0.0
+        self._started = self._drafting = 0.0  # when a pass began, and how long the draft took in it
+        self._shape = 0, 0  # sequences and tokens of that pass
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = self.num_failures = 0
         self._per_position = np.zeros(config.num_nodes if config else 0, np.int64)
 
@@ -170,16 +171,7 @@ class Speculation:
         if self._config.costs:
             self.fix_costs(self._config.costs)
             return
-        sizes = np.array([n for n in _SIZES if n <= max(2, max_tokens)])
-        seconds = np.full(len(sizes), np.inf)
-        started, rounds = time.perf_counter(), 0
-        # Round after round, so that what disturbs the machine for a while does not meet one size alone.
-        while rounds < _LEAST or (rounds < _MOST and time.perf_counter() - started < _MEASURE_SECONDS):
-            seconds = np.minimum(seconds, [_timed(run, int(n)) for n in sizes])
-            rounds += 1
-        # A pass can take no longer than one of more tokens.
-        self._sizes, self._seconds = sizes, np.minimum.accumulate(seconds[::-1])[::-1]
-        self._of_sequence = 0.0
+        self._costs = PassCosts.measure(run, max_tokens)
 
     def trial(self) -> Speculation | None:
         """What guesses as this does, but always, and without a draft head, whose time is counted apart: to learn what a
@@ -191,26 +183,18 @@ class Speculation:
 
     def add_overhead(self, steps: dict[int, float]) -> None:
         """`steps[n]`: the seconds of a step of the `trial` with n sequences, `TRIAL_NODES` nodes each."""
-        numbers = np.array(sorted(steps))
-        passes = np.interp(numbers * (1 + TRIAL_NODES), self._sizes, self._seconds)
-        overheads = np.maximum(0.0, [steps[n] for n in numbers] - passes)
-        if len(numbers) > 1:
-            self._of_sequence = max(0.0, (overheads[-1] - overheads[0]) / (numbers[-1] - numbers[0]))
-        self._seconds = self._seconds + max(0.0, overheads[0] - numbers[0] * self._of_sequence)
+        self._costs.add_overhead(steps, TRIAL_NODES)
 
     @property
-    def costs(self) -> tuple[tuple[int, float], ...]:
+    def costs(self) -> Costs:
         """What passes cost, as (tokens, seconds): given or measured. Empty where nobody asks for it."""
-        passes = zip(self._sizes, self._seconds, strict=True)
-        of_sequence = ((0, self._of_sequence),) if len(self._sizes) else ()
-        return (*of_sequence, *((int(n), float(seconds)) for n, seconds in passes))
+        return self._costs.listed
 
-    def fix_costs(self, costs: tuple[tuple[int, float], ...]) -> None:
+    def fix_costs(self, costs: Costs) -> None:
         """From now on passes cost this, whatever they take: see `SpeculationConfig.costs`."""
         if self._config is not None:
             self._config = replace(self._config, costs=costs)
-            self._of_sequence = dict(costs).get(0, 0.0)
-            self._sizes, self._seconds = np.array([cost for cost in costs if cost[0]]).T.copy()
+            self._costs = PassCosts(costs)
             self._loads.clear()
             self._worths.clear()
 
@@ -233,10 +217,12 @@ class Speculation:
         load = self._loads.setdefault(0 if repeatable else len(sequences).bit_length(), _Load(repeatable))
         num_tokens = sum(len(seq.token_ids) - seq.num_computed_tokens for seq in sequences)
         self._load = load if len(sequences) == num_tokens else None  # rates are those of passes that only decode
-        self._started = time.perf_counter()
+        self._started, self._drafting = time.perf_counter(), 0.0
+        self._shape = len(sequences), num_tokens
         if load.drafts:
-            guesses = self._guess(eligible, self._config)
-            self._chosen(guesses, len(sequences), num_tokens).propose()
+            guesses = self._chosen(self._guess(eligible, self._config), len(sequences), num_tokens)
+            guesses.propose()
+            self._shape = len(sequences), num_tokens + len(guesses.tokens)
         for seq in eligible:
             if seq.draft is None:
                 for source in seq.agreements:
@@ -246,7 +232,9 @@ class Speculation:
         """The pass that was proposed is over, and gave so many tokens."""
         seconds = time.perf_counter() - self._started
         if self._load is not None:
-            self._load.observe(num_tokens, seconds)
+            if self._worth is None or not self._worth.trying:  # a try says nothing of what is usual
+                self._load.observe(num_tokens, seconds)
+            self._costs.observe(*self._shape, seconds - self._drafting)
             if self._worth is not None:
                 self._worth.observe(num_tokens, seconds)
         self._load = self._worth = None
@@ -254,7 +242,7 @@ class Speculation:
     def _chosen(self, guesses: _Guesses, num_sequences: int, num_tokens: int) -> _Guesses:
         """The best nodes of all guesses together: as many as make the pass give the most tokens a second."""
         columns = guesses.tokens, guesses.parents, guesses.chances, guesses.stops
-        costs = self._seconds + num_sequences * self._of_sequence, self._sizes
+        costs = self._costs.of(num_sequences), self._costs.sizes
         return _Guesses(guesses.sequences, *choose(*columns, guesses.beliefs(), num_sequences, num_tokens, *costs))
 
     def _guess(self, sequences: list[Sequence], config: SpeculationConfig) -> _Guesses:
@@ -293,12 +281,15 @@ class Speculation:
     def _draft(self, sequences: list[Sequence], least_promise: float) -> list[Drafted | None]:
         """What the draft head says. If it fails, its sequences go on without guesses."""
         assert self._drafter is not None
+        started = time.perf_counter()
         try:
             return self._drafter.propose(sequences, least_promise)
         except Exception as error:
             for seq in sequences:
                 self._give_up(seq, error)
             return [None] * len(sequences)
+        finally:
+            self._drafting += time.perf_counter() - started
 
     def guard(self, seq: Sequence, read: Callable[[Sequence], _T], otherwise: _T) -> _T:
         """What the draft says to `read(seq)`, outside of its proposals; `otherwise` if it fails, or has failed."""
@@ -321,26 +312,33 @@ class Speculation:
     def _fused(self, sequences: list[Sequence], drafts: list[Drafted | None], config: SpeculationConfig) -> _Guesses:
         """What all sources say of each sequence, as one tree."""
         sources: list[_Tree] = []
-        rates: list[float] = []
+        matches: list[int] = []
+        doubts: list[float] = []
         stops: list[int] = []
         for seq, draft in zip(sequences, drafts, strict=True):
             seq.drafted = None if draft is None else draft.tree
             if draft is not None:
                 sources.append(draft.tree)
-                rates.append(_CHANCES)
-            judges = draft is not None and seq.draft_agreement.rate() > _JUDGES
+                matches.append(_CHANCES)
+                doubts.append(0.0)
+            judges = draft is not None and seq.draft_agreement.rate > _JUDGES
             for tree, source in zip(seq.retrieved, seq.agreements, strict=True) if seq.speculates else ():
-                rate, weights = source.rate(tree.match_length), tree.weights
+                match, weights = tree.match_length, tree.weights
                 if draft is not None and judges:
                     first = draft.chances(tree.tokens[tree.parents < 0])
                     least = min(draft.least, _LIKELY)
-                    rate, weights = _CHANCES, likelihoods(tree.tokens, tree.parents, weights, rate, first, least)
+                    columns = tree.tokens, tree.parents, weights
+                    match, weights = _CHANCES, likelihoods(*columns, match, source.doubt, first, least)
                 sources.append((tree.tokens, tree.parents, weights))
-                rates.append(rate)
+                matches.append(match)
+                doubts.append(source.doubt)
             stops.append(len(sources))
         columns, ends = _end_to_end(sources)
         limits = config.num_nodes, np.array([self._left(seq) - 1 for seq in sequences], np.int64)
-        return _Guesses(sequences, *fuse_all(*columns, np.array(rates), ends, np.array(stops, np.int64), *limits))
+        return _Guesses(
+            sequences,
+            *fuse_all(*columns, np.array(matches), np.array(doubts), ends, np.array(stops, np.int64), *limits),
+        )
 
     def _retrieve(self, seq: Sequence, config: SpeculationConfig) -> None:
         """Ask the retrievers."""
@@ -419,9 +417,3 @@ def _checked(tree: TokenTree, vocab_size: int) -> TokenTree:
             f"{vocab_size} does not have."
         )
     return tree
-
-
-def _timed(run: Callable[[int], None], size: int) -> float:
-    started = time.perf_counter()
-    run(size)
-    return time.perf_counter() - started

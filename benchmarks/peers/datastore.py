@@ -73,19 +73,16 @@ def replicas(directory: str, counts: list[int]) -> dict[int, float]:
     tiny = np.fromfile(f"{directory}/tiny.arrow", np.uint8)
     contexts, sizes = np.load(f"{directory}/contexts.npy")[:1000], {}
     nbytes = os.path.getsize(f"{directory}/store.arrow")
-    ray.init(num_cpus=1, object_store_memory=nbytes + (200 << 20), include_dashboard=False, log_to_driver=False)
-    try:
-        for count in counts:
+    for count in counts:
+        # A store of its own each time: memory that an earlier one has touched would not count again.
+        ray.init(num_cpus=1, object_store_memory=nbytes + (200 << 20), include_dashboard=False, log_to_driver=False)
+        try:
             actors = [Replica.remote() for _ in range(count)]
             ray.get([actor.prepare.remote(tiny) for actor in actors])
             before = taken()
             buffer = ray.put(np.fromfile(f"{directory}/store.arrow", np.uint8))
             ray.get([actor.open.remote(buffer, contexts) for actor in actors])
             sizes[count] = taken() - before
-            for actor in actors:
-                ray.kill(actor)
-            del buffer
-            time.sleep(2)  # for what is dead to be gone
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
     return sizes

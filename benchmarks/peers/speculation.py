@@ -70,10 +70,10 @@ def thornback(turns: TurnTaker, prompts: Prompts, per_turn: int, new_tokens: int
         sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0)
         engine.add_request(Request("a", tuple(prompt), sampling))
         tokens: list[int] = []
-        passes = 0
+        passes = 0  # those that decode: a prompt's are the same for all
         started = time.perf_counter()
         while engine.has_unfinished_requests():
-            passes += 1
+            passes += bool(tokens)
             for output in engine.step():
                 tokens += output.token_ids
         seconds = time.perf_counter() - started
@@ -81,6 +81,7 @@ def thornback(turns: TurnTaker, prompts: Prompts, per_turn: int, new_tokens: int
         return {
             "seconds": seconds,
             "tokens": len(tokens),
+            "decoded": len(tokens) - 1,
             "passes": passes,
             "nodes": 0 if before is None or after is None else after.num_draft_tokens - before.num_draft_tokens,
             "checksum": zlib.crc32(np.asarray(tokens, np.int32).tobytes()),

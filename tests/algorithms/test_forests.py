@@ -12,7 +12,7 @@ from tests.algorithms.test_trees import check_shape, fused, tries, walk
 from thornback.algorithms import agree_all, agreement, best_size, choose, fuse_all, likelihoods, verify, verify_all
 
 SIZES, SECONDS = np.array([1.0, 8.0, 64.0]), np.array([1.0, 1.5, 9.0])
-SEQUENCES = st.lists(st.lists(st.tuples(tries(), st.floats(0.1, 1) | st.just(-1.0)), max_size=3), max_size=4)
+SEQUENCES = st.lists(st.lists(st.tuples(tries(), st.integers(-1, 16)), max_size=3), max_size=4)
 
 
 def end_to_end(trees):
@@ -26,15 +26,15 @@ def parts(columns, stops):
 
 
 def fused_all(sequences, num_nodes=10, max_depth=4):
-    """What `fuse_all` says of sources (tree, rate)."""
+    """What `fuse_all` says of sources (tree, match length), each with a doubt of its length's tenth."""
     columns, sources = end_to_end([tree for sequence in sequences for tree, _ in sequence])
     for tree, part in zip([t for s in sequences for t in s], parts(columns, sources), strict=True):
         if tree[1] < 0:
             part[2][:] = part[2] / max(part[2].max(initial=1), 1)  # chances
-    rates = np.array([rate for sequence in sequences for _, rate in sequence], np.float64)
+    matches = np.array([match for sequence in sequences for _, match in sequence], np.int64)
     stops = np.cumsum([len(sequence) for sequence in sequences], dtype=np.int64)
     depths = np.full(len(sequences), max_depth)
-    return fuse_all(*columns, rates, sources, stops, num_nodes, depths)
+    return fuse_all(*columns, matches, matches / 10, sources, stops, num_nodes, depths)
 
 
 @given(SEQUENCES)
@@ -42,10 +42,11 @@ def test_fusion(sequences) -> None:
     *columns, stops = fused_all(sequences)
     for found, sequence in zip(parts(columns, stops), sequences, strict=True):
         trees = []
-        for (tokens, parents, weights, _), rate in sequence:
+        for (tokens, parents, weights, _), match in sequence:
             nothing = np.empty(0, np.float32)
             of = (tokens, parents, weights)
-            chances = weights / max(weights.max(initial=1), 1) if rate < 0 else likelihoods(*of, rate, nothing, 0.0)
+            believed = match, match / 10, nothing, 0.0
+            chances = weights / max(weights.max(initial=1), 1) if match < 0 else likelihoods(*of, *believed)
             trees.append((tokens, parents, chances.astype(np.float32)))
         if not trees:
             assert not len(found[0])

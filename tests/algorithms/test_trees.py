@@ -83,12 +83,25 @@ def test_pruning_keeps_the_likeliest_with_their_ancestors(one, other, num_nodes,
     np.testing.assert_allclose(np.sort(likely), np.sort(every[2])[len(every[2]) - len(likely) :])
 
 
-@given(tries(), st.floats(0.1, 1.0))
-def test_a_nodes_chance_is_its_share_and_falls_with_its_depth(trie, rate) -> None:
+@given(tries(), st.integers(0, 16), st.floats(0.0, 8.0))
+def test_a_nodes_chance_is_its_share_less_a_doubt(trie, match_length, doubt) -> None:
     tokens, parents, counts, paths = trie
-    likely = likelihoods(tokens, parents, counts, rate, NOTHING, 0.0)
-    shares = counts / max(len(paths), 1)
-    np.testing.assert_allclose(likely, shares**0.35 * rate ** (0.7 + 0.3 * depths(parents)), rtol=1e-5)
+    likely = likelihoods(tokens, parents, counts, match_length, doubt, NOTHING, 0.0)
+    agreed = (match_length or 8) + depths(parents) - 1
+    for i, parent in enumerate(parents):
+        above, among = (1.0, len(paths)) if parent < 0 else (likely[parent], counts[parent])
+        doubted = min(0.97, np.exp((1 - agreed[i]) / 7) * among**-0.1 * doubt)
+        assert likely[i] == pytest.approx(above * counts[i] / among * (1 - doubted), rel=1e-5)
+
+
+def test_what_was_found_behind_many_tokens_or_many_times_is_believed_more() -> None:
+    chain, parents = np.arange(4, dtype=np.int32), np.arange(-1, 3, dtype=np.int32)
+
+    def chances(match_length, count, doubt=1.0):
+        return likelihoods(chain, parents, np.full(4, count, np.float32), match_length, doubt, NOTHING, 0.0)
+
+    assert chances(2, 1)[0] < 0.2 < 0.9 < chances(16, 1)[3] / chances(16, 1)[2]
+    assert chances(4, 20)[0] > chances(4, 1)[0] > chances(4, 1, doubt=1.5)[0] > 0
 
 
 @given(tries(), st.data())
@@ -96,7 +109,7 @@ def test_the_draft_prunes_branches(trie, data) -> None:
     tokens, parents, counts, _ = trie
     heads = np.flatnonzero(parents < 0)
     first = np.array([data.draw(st.sampled_from([0.01, 0.3])) for _ in heads], np.float32)
-    likely = likelihoods(tokens, parents, counts, 1.0, first, 0.1)
+    likely = likelihoods(tokens, parents, counts, 16, 0.0, first, 0.1)
     kept = {int(tokens[head]) for head, chance in zip(heads, first, strict=True) if chance >= 0.1}
     left, above, _ = fused((tokens, parents, likely))
     assert {int(t) for t in left[above < 0]} == kept
