@@ -18,13 +18,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from thornback.contracts import ModelError
-from thornback.engine import kernels
+from thornback.engine import device_tokens, kernels
+from thornback.engine.device_tokens import DeviceTokens
 from thornback.engine.layout import NO_PARENTS, NO_TREE, lay_out, place
 from thornback.engine.paged_attention import PagedTokens, paged_attention
 
 ATTENTION_NAME = "thornback"
 _AHEAD = 128  # tokens for whose blocks a table has room, so that coming passes can go on with it
 _FEW = 256  # new tokens of a sequence below which gathering its keys costs more than torch's faster kernel wins
+# (measured on CPU; a guess for GPUs)
 
 
 def attention(
@@ -117,13 +119,17 @@ class PagedGroup:
 class PagedBatch:
     """One pass of generation. `pool` is `[num_blocks, layers, 2, kv_heads, block_size, D]`; `positions` int64 `[T]`;
     `slots` int64 `[T * kv_heads]` is where each token's keys of layer 0 go, head by head, counted in rows of `D`.
-    Sequences with few new tokens are `direct`, where our kernels work; others are gathered in `groups`."""
+    Sequences with few new tokens are `direct`, where our kernels work; others are gathered in `groups`. `host`: the
+    numbers of `positions` and `slots` in the host's memory; `on_device`: those of `direct` where a Triton kernel reads
+    them, if it does."""
 
     pool: Tensor
     positions: Tensor
     slots: Tensor
     groups: list[PagedGroup]
     direct: PagedTokens | None
+    host: tuple[np.ndarray, np.ndarray]
+    on_device: DeviceTokens | None
 
     @classmethod
     def of(
@@ -164,7 +170,9 @@ class PagedBatch:
         own row; but from `bases` on only what its `bits` name (`NO_TREE`: everything)."""
         _, layers, _, kv_heads, size, _ = pool.shape
         slots, counts, seen = place(owners, rows, table, layers * 2 * kv_heads * size, size, kv_heads)
-        few = counts < (_FEW if kernels.usable(pool) else 0)
+        compiled = kernels.usable(pool)
+        on_device = not compiled and device_tokens.usable(pool)
+        few = counts < (_FEW if compiled or on_device else 0)
         direct, groups = None, []
         if few.any():
             arrays = owners, seen, bases, bits
@@ -190,13 +198,15 @@ class PagedBatch:
             torch.from_numpy(slots).to(pool.device),
             groups,
             direct,
+            (positions, slots),
+            DeviceTokens.of(direct, pool.device) if on_device and direct is not None else None,
         )
 
     def advance(self, contexts: list[int], tables: list[list[int]]) -> bool:
         """Make a pass of one token of each sequence, all of them `direct`, that of the token after it. False, and
         nothing done, if the sequences are not there, or if the tables have no room for their blocks."""
         assert self.direct is not None
-        positions, slots, table = (x.numpy() for x in (self.positions, self.slots, self.direct.tables))
+        (positions, slots), table = self.host, self.direct.tables.numpy()
         _, layers, _, kv_heads, size, _ = self.pool.shape
         entering = np.flatnonzero(positions % size == size - 1)
         full = len(entering) > 0 and positions[entering].max() // size + 1 >= table.shape[1]
@@ -210,6 +220,10 @@ class PagedBatch:
             table[row, column] = tables[row][column]
             first = tables[row][column] * layers * 2 * kv_heads * size
             slots[row * kv_heads : (row + 1) * kv_heads] = first + np.arange(kv_heads) * size
+        if self.on_device is not None:
+            for tensor, numbers in zip((self.positions, self.slots), self.host, strict=True):
+                tensor.copy_(torch.from_numpy(numbers))
+            self.on_device.advance(self.direct, entering)
         return True
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
@@ -219,7 +233,13 @@ class PagedBatch:
             return self._read(self.groups[0], layer, q, scaling, window)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if self.direct is not None:
-            paged_attention(q, self.pool, layer, self.direct, window, scaling or q.shape[-1] ** -0.5, out)
+            scale = scaling or q.shape[-1] ** -0.5
+            if self.on_device is None:
+                paged_attention(q, self.pool, layer, self.direct, window, scale, out)
+            else:
+                from thornback.engine import triton_attention  # loaded only where it is used
+
+                triton_attention.paged_attention(q, self.pool, layer, self.on_device, window, scale, out)
         self.attend_groups(layer, q, out, scaling, window)
         return out
 
