@@ -11,6 +11,7 @@ import numpy as np
 _SIZES = (1, 2, 8, 9, 16, 17, 24, 25, 32, 33, 48, 64, 65, 128, 256)
 _LEAST, _MOST, _MEASURE_SECONDS = 4, 32, 0.5  # how often each is timed: more while that takes no longer
 _NEW = 0.1  # what a pass weighs beside those of its size before it
+_FORGOTTEN = 0.002  # of every correction with every pass, so that sizes that seemed dear are tried again
 _EXTREMES = 0.5, 4.0  # of corrections: a pass that something else has held up says nothing of its size
 _BETWEEN = np.array([2, 9, 17, 25, 33, 65, 129])  # sizes whose passes are corrected apart begin there
 
@@ -68,12 +69,10 @@ class PassCosts:
     def of(self, num_sequences: int) -> np.ndarray:
         """Seconds of steps with so many sequences, whose passes have `sizes` tokens."""
         seconds = self._seconds + num_sequences * self._of_sequence
-        seen = self._corrections.get(num_sequences.bit_length())
-        if seen is None:
+        corrections = self._corrections.get(num_sequences.bit_length())
+        if corrections is None:
             return seconds
-        # Sizes that were not seen are as far off as the next ones that were.
-        known = np.flatnonzero(~np.isnan(seen))
-        corrections = np.interp(np.arange(len(seen)), known, seen[known])
+        # What was not seen is believed to be as it was measured, and so is tried.
         return np.maximum.accumulate(seconds * corrections[np.searchsorted(_BETWEEN, self.sizes, side="right")])
 
     def observe(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
@@ -82,10 +81,10 @@ class PassCosts:
             return
         expected = np.interp(num_tokens, self.sizes, self._seconds) + num_sequences * self._of_sequence
         correction = min(max(seconds / expected, _EXTREMES[0]), _EXTREMES[1])
-        unseen = np.full(len(_BETWEEN) + 1, np.nan)
-        seen = self._corrections.setdefault(num_sequences.bit_length(), unseen)
+        corrections = self._corrections.setdefault(num_sequences.bit_length(), np.ones(len(_BETWEEN) + 1))
+        corrections += _FORGOTTEN * (1.0 - corrections)
         place = int(np.searchsorted(_BETWEEN, num_tokens, side="right"))
-        seen[place] = correction if np.isnan(seen[place]) else seen[place] + _NEW * (correction - seen[place])
+        corrections[place] += _NEW * (correction - corrections[place])
 
 
 def _timed(run: Callable[[int], None], size: int) -> float:
