@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from thornback.algorithms import Growth, Level
-from thornback.contracts import KVImport, SpeculationConfig
+from thornback.contracts import KVImport, SpeculationConfig, WeightView
 from thornback.engine import kernels
 from thornback.engine.attention import PagedBatch
 from thornback.engine.block_manager import BlockManager
 from thornback.engine.decoder_program import DecoderProgram
 from thornback.engine.draft_head import load_draft_head
 from thornback.engine.sequence import Sequence
+from thornback.engine.weights import bind_weights
 
 
 @dataclass(slots=True)
@@ -58,6 +59,12 @@ class Drafter:
         """The target's weights have changed: so must copies of those that the head borrows."""
         if self._program is not None:
             self._program.load()
+
+    def load(self, weights: WeightView) -> None:
+        """Give the head these parameters; raises `ModelError` if they do not fit. What it has read is worth nothing
+        then: the engine forgets it."""
+        bind_weights(self.head, weights)
+        self.refresh()
 
     @torch.inference_mode()
     def propose(self, sequences: List[Sequence], least_promise: float = 0.0) -> list[Drafted | None]:
