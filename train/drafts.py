@@ -72,13 +72,14 @@ def train_draft(
     metrics_path = Path(output).with_name(f"{Path(output).name}-metrics.jsonl")
     metrics_path.parent.mkdir(parents=True, exist_ok=True)
     job: dict[str, Any] = {
-        "model": str(model),
-        "output": str(output),
+        # Ray Train's workers run in a directory of their own, where relative paths lead nowhere.
+        "model": str(Path(model).resolve() if Path(model).is_dir() else model),
+        "output": str(Path(output).resolve()),
         "tokens": np.concatenate(sequences).astype(np.int32),
         "lengths": np.asarray([len(s) for s in sequences], np.int64),
         "config": config.model_dump(),
         "num_threads": num_threads,
-        "metrics_path": str(metrics_path),
+        "metrics_path": str(metrics_path.resolve()),
     }
     fit(_train, job, metrics_path.parent, name="draft", num_workers=config.num_workers, use_gpu=use_gpu)
     return json.loads(metrics_path.read_text().splitlines()[-1])
