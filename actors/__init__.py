@@ -8,21 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from thornback.actors.anchor_sampler import AnchorSampler, anchors_of
+    from thornback.actors.draft_learner import DraftLearner
     from thornback.actors.learner_group import LearnerGroup
     from thornback.actors.pool import ActorPool
     from thornback.actors.reward_model import RewardModel, RewardTable
     from thornback.actors.rollout_worker import GenerationReport, PromptShard, RolloutWorker
-    from thornback.actors.specs import LearnerSpec, OptimizerSpec, PolicySpec, RolloutSpec, UpdateReport, UpdateSpec
+    from thornback.actors.specs import (
+        DraftLearnerSpec,
+        DraftReport,
+        LearnerSpec,
+        OptimizerSpec,
+        PolicySpec,
+        RolloutSpec,
+        UpdateReport,
+        UpdateSpec,
+    )
     from thornback.actors.supervision import DataLost, Home, LearnerLost, Restarts, actor_options
     from thornback.actors.weight_store import PublishedWeights, WeightStore
 
 _EXPORTS = {
     "anchor_sampler": "AnchorSampler anchors_of",
+    "draft_learner": "DraftLearner",
     "learner_group": "LearnerGroup",
     "pool": "ActorPool",
     "reward_model": "RewardModel RewardTable",
     "rollout_worker": "GenerationReport PromptShard RolloutWorker",
-    "specs": "LearnerSpec OptimizerSpec PolicySpec RolloutSpec UpdateReport UpdateSpec",
+    "specs": "DraftLearnerSpec DraftReport LearnerSpec OptimizerSpec PolicySpec RolloutSpec UpdateReport UpdateSpec",
     "supervision": "DataLost Home LearnerLost Restarts actor_options",
     "weight_store": "PublishedWeights WeightStore",
 }
@@ -32,6 +43,9 @@ __all__ = [
     "ActorPool",
     "AnchorSampler",
     "DataLost",
+    "DraftLearner",
+    "DraftLearnerSpec",
+    "DraftReport",
     "GenerationReport",
     "Home",
     "LearnerGroup",

@@ -70,6 +70,9 @@ class RolloutWorkerCore:
         """Load the engine; here and not in the constructor, so that what it raises reaches the driver as it is."""
         threads = use_threads(self.spec.num_threads)
         config = replace(self.spec.engine_config, num_threads=threads)
+        if config.speculation and config.speculation.draft:
+            draft = local_model(config.speculation.draft)
+            config = replace(config, speculation=replace(config.speculation, draft=draft))
         self.memory = RolloutMemory(self.spec.memory_tokens)
         retrievers = (PromptLookup(), self.memory) if config.speculation else ()
         self.engine = make_engine(self.spec.engine, local_model(self.spec.model), config, retrievers)
@@ -115,6 +118,11 @@ class RolloutWorkerCore:
         self.version = version
 
     # What guesses come from
+
+    def load_draft(self, buffer: np.ndarray, index: tuple[TensorSpec, ...]) -> None:
+        """Map the parameters of a refreshed draft head, as `load_weights` does the policy's."""
+        assert isinstance(self.engine, TorchEngine), "the configuration lets no other engine speculate"
+        self.engine.load_draft(WeightView(buffer, index))
 
     def costs(self) -> Costs:
         """What passes of this worker's engine cost, as (tokens, seconds), measured now that actors are not starting."""

@@ -103,3 +103,26 @@ class UpdateReport:
     num_skipped: int
     num_trained: int
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftLearnerSpec:
+    """What a draft learner is made of: `draft`, the directory of a head for `model`; `updates` optimizer steps of a
+    refresh; of the newest rollouts it learns from `max_tokens` tokens. `num_threads` None: every core of its node."""
+
+    model: str
+    draft: str
+    updates: int = 20
+    learning_rate: float = 5e-4
+    max_tokens: int = 1 << 22
+    num_threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DraftReport:
+    """Where a draft head is: optimizer steps behind it; rollouts that it learned from, or is yet to learn from; and how
+    often its first choice was the policy's, before it learned (NaN: nobody looked)."""
+
+    num_updates: int
+    num_rollouts: int
+    agreement: float = math.nan

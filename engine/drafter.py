@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from thornback.algorithms import Growth, Level
-from thornback.contracts import KVImport, SpeculationConfig
+from thornback.contracts import KVImport, SpeculationConfig, WeightView
 from thornback.engine import kernels
 from thornback.engine.attention import PagedBatch
 from thornback.engine.block_manager import BlockManager
 from thornback.engine.draft_model import DraftModel, HeadDraft, LoadedDraft, draft_model
 from thornback.engine.sequence import Sequence
+from thornback.engine.weights import bind_weights
 
 _READS = 2048  # tokens that a draft reads beside one pass of its target, so that a long prompt stalls nobody
 
@@ -58,6 +59,12 @@ class Drafter:
     def refresh(self) -> None:
         """The target's weights have changed: so must copies of those that a head borrows."""
         self.model.refresh()
+
+    def load(self, weights: WeightView) -> None:
+        """Give the head these parameters; raises `ModelError` if they do not fit. What it has read is worth nothing
+        then: the engine forgets it."""
+        bind_weights(self.head, weights)
+        self.refresh()
 
     @torch.inference_mode()
     def propose(self, sequences: List[Sequence], least_promise: float = 0.0) -> list[Drafted | None]:

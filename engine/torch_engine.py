@@ -25,6 +25,7 @@ from thornback.contracts import (
     KVExport,
     KVImport,
     Lease,
+    ModelError,
     Output,
     Request,
     Retriever,
@@ -426,6 +427,16 @@ class TorchEngine:
                     self.scheduler.preempt(seq)
                 elif seq.block_table:
                     seq.cacheable = False  # its blocks mix versions
+
+    def load_draft(self, weights: WeightView) -> None:
+        """Give the draft head these parameters, which were learned for the model's present ones. Raises `RuntimeError`
+        while requests run, and `ModelError` if there is no head or they do not fit it."""
+        if self.drafter is None:
+            raise ModelError(f"An engine of {self.model_name} has no draft head to load; name one in its speculation.")
+        if self._sequences:
+            raise RuntimeError(f"{len(self._sequences)} requests are unfinished: run them to their end first.")
+        self.drafter.load(weights)
+        self.flush_prefix_cache()  # cached blocks hold what the head has read with its parameters of before
 
     def pause(self) -> None:
         self._paused = True

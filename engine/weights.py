@@ -31,7 +31,7 @@ def flatten_parameters(model: nn.Module) -> tuple[Tensor, tuple[TensorSpec, ...]
     parameters = dict(model.named_parameters())
     buffer = torch.zeros(nbytes, dtype=torch.uint8, device=next(iter(parameters.values())).device)
     for spec in index:
-        view = _view(buffer, spec)
+        view = tensor_in(buffer, spec)
         view.copy_(parameters[spec.name].data)
         parameters[spec.name].data = view
     return buffer, index
@@ -43,7 +43,7 @@ def copy_parameters(model: nn.Module) -> WeightView:
     buffer = torch.zeros(nbytes, dtype=torch.uint8)
     parameters = dict(model.named_parameters())
     for spec in index:
-        _view(buffer, spec).copy_(parameters[spec.name].data)
+        tensor_in(buffer, spec).copy_(parameters[spec.name].data)
     return WeightView(buffer.numpy(), index)
 
 
@@ -59,11 +59,9 @@ def bind_weights(model: nn.Module, weights: WeightView) -> None:
             f"The published weights do not fit this model: {name} is {found.get(name, 'missing')} there and "
             f"{wanted.get(name, 'missing')} here; learner and engine must load the same architecture."
         )
-    with warnings.catch_warnings():  # mapped buffers are read-only, which inference never minds
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        buffer = torch.from_numpy(weights.buffer)
+    buffer = mapped(weights.buffer)
     for spec in weights.index:
-        parameter, source = parameters[spec.name], _view(buffer, spec)
+        parameter, source = parameters[spec.name], tensor_in(buffer, spec)
         if parameter.device.type == "cpu" and parameter.dtype == source.dtype:
             parameter.data = source
         elif parameter.data.device.type == "cpu":
@@ -72,7 +70,23 @@ def bind_weights(model: nn.Module, weights: WeightView) -> None:
             parameter.data.copy_(source, non_blocking=True)
 
 
-def _view(buffer: Tensor, spec: TensorSpec) -> Tensor:
+def unbind_weights(model: nn.Module) -> None:
+    """Let go of what `bind_weights` has mapped, so that its memory is free. Until it is called again the model computes
+    nonsense, with parameters of the same shapes. Parameters on a GPU are copies, and stay."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = torch.zeros(1, dtype=parameter.dtype).expand(parameter.shape)
+
+
+def mapped(buffer: np.ndarray) -> Tensor:
+    """A tensor over a buffer, uint8 `[bytes]`, that is only read: those of the object store cannot be written."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(buffer)
+
+
+def tensor_in(buffer: Tensor, spec: TensorSpec) -> Tensor:
+    """One parameter of a flat buffer, uint8 `[bytes]`, as a view of it."""
     return buffer[spec.offset : spec.offset + spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
 
 

@@ -32,6 +32,7 @@ from thornback.actors import (
 from thornback.contracts import EngineConfig, RewardScorer, SamplingParams
 from thornback.train.checkpoint import Checkpoint
 from thornback.train.config import RunConfig
+from thornback.train.draft_refresh import DraftRefresh
 from thornback.train.prompts import PromptBatch
 from thornback.train.speculation import RolloutSpeculation
 
@@ -65,7 +66,8 @@ class Rollouts:
 
 
 class Crew:
-    """Rollout workers, reward models, the weight store and, for training, the learner."""
+    """Rollout workers, reward models, the weight store and, for training, the learner; and the learner of the draft
+    head, where rollouts are guessed by one that follows the policy."""
 
     def __init__(
         self,
@@ -100,6 +102,9 @@ class Crew:
             timeout=timeout,
             restarts=restarts,
         )
+        self.draft: DraftRefresh | None = None
+        if speculation is not None and config.rollout.refreshes_draft:
+            self.draft = DraftRefresh(config, model, restarts)
         self.learner: LearnerGroup | None = None
         if with_learner:
             store_class = WeightStore.options(**actor_options())
@@ -114,6 +119,8 @@ class Crew:
         """Until workers and reward models are up."""
         self.workers.wait_ready()
         self.judges.wait_ready()
+        if self.draft is not None:
+            self.draft.wait_ready()
 
     def start_learner(self) -> LearnerGroup:
         """A fresh learner with the model that the run starts from, beside the other actors; raises `LearnerLost`."""
@@ -134,11 +141,15 @@ class Crew:
         """Where rollouts are guessed: guess later ones from these too. Workers sort them while others work."""
         if self.speculation is not None:
             self.speculation.remember(self.workers, rollouts.batches, doing)
+        if self.draft is not None:
+            self.draft.remember(rollouts.batches, rollouts.num_tokens)
 
     def recall(self, checkpoint: Checkpoint | None) -> None:
         """Where rollouts are guessed: guess from what a checkpoint holds, or from what the run begins with."""
         if self.speculation is not None:
             self.speculation.resume(self.workers, checkpoint)
+        if self.draft is not None:
+            self.draft.resume(self.workers, checkpoint)
 
     def save(self, location: str) -> None:
         """Write the actors' part of a checkpoint into the directory `location`."""
@@ -146,6 +157,8 @@ class Crew:
         self.learner.save(location)
         if self.speculation is not None:
             self.speculation.save(self.workers, location)
+        if self.draft is not None:
+            self.draft.save(location)
 
     def rely_on(self, location: str) -> None:
         """A checkpoint is whole, and will be there until the next one is."""
@@ -179,24 +192,41 @@ class Crew:
         assert self._published is not None
         return self._published
 
+    def draft_is_due(self, step: int) -> bool:
+        """Whether rollouts are guessed by a draft head that is to learn after so many steps."""
+        return self.draft is not None and self.draft.is_due(step)
+
+    def refresh_draft(self, step: int, doing: str) -> dict[str, float]:
+        """Let the draft head learn what the published policy says, and bring it to every worker; returns metrics."""
+        assert self.draft is not None
+        weights = self._latest()
+        assert weights is not None
+        return self.draft.refresh(self.workers, weights, step, doing)
+
     def _catch_up(self, worker: ActorHandle) -> list[ObjectRef]:
         """Bring a new worker to where the others are."""
         recalled = [] if self.speculation is None else self.speculation.catch_up(worker)
-        return [*recalled, *self._load_latest(worker)]
+        drafted = [] if self.draft is None else self.draft.catch_up(worker)
+        weights = self._latest()
+        if weights is None:
+            return [*recalled, *drafted]
+        return [*recalled, *drafted, worker.load_weights.remote(weights.buffer, weights.index, weights.version)]
 
-    def _load_latest(self, worker: ActorHandle) -> list[ObjectRef]:
-        """Bring a new worker to the current version, which the store may have lost with its own death."""
+    def _latest(self) -> PublishedWeights | None:
+        """The current version, which the store may have lost with its own death; None before the first."""
         if self._published is None:
-            return []
+            return None
         weights = self.store.map("latest", [()], "looking up the latest weights")[0]
         if weights is None or weights.version != self._published.version:
             weights = self._publish(self._published.version)
-        return [worker.load_weights.remote(weights.buffer, weights.index, weights.version)]
+        return weights
 
     def shutdown(self) -> None:
         """End every actor."""
         self.workers.shutdown()
         self.judges.shutdown()
+        if self.draft is not None:
+            self.draft.shutdown()
         if self.learner is not None:
             self.learner.shutdown()
             self.store.shutdown()

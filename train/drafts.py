@@ -72,13 +72,14 @@ def train_draft(
     metrics_path = Path(output).with_name(f"{Path(output).name}-metrics.jsonl")
     metrics_path.parent.mkdir(parents=True, exist_ok=True)
     job: dict[str, Any] = {
-        "model": str(model),
-        "output": str(output),
+        # Ray Train's workers run in a directory of their own, where relative paths lead nowhere.
+        "model": str(Path(model).resolve() if Path(model).is_dir() else model),
+        "output": str(Path(output).resolve()),
         "tokens": np.concatenate(sequences).astype(np.int32),
         "lengths": np.asarray([len(s) for s in sequences], np.int64),
         "config": config.model_dump(),
         "num_threads": num_threads,
-        "metrics_path": str(metrics_path),
+        "metrics_path": str(metrics_path.resolve()),
     }
     fit(_train, job, metrics_path.parent, name="draft", num_workers=config.num_workers, use_gpu=use_gpu)
     return json.loads(metrics_path.read_text().splitlines()[-1])
@@ -111,6 +112,7 @@ def _train(job: dict[str, Any]) -> None:
 
     from thornback.engine import load_model
     from thornback.engine.draft_head import DraftHead
+    from thornback.engine.draft_training import agreement_of, losses
 
     context, config = ray_train.get_context(), DraftConfig(**job["config"])
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -125,7 +127,7 @@ def _train(job: dict[str, Any]) -> None:
     metrics: dict[str, Any] = {}
     for step in range(config.steps):
         mine = batch_of(step, len(learned), config.batch_size, config.seed)[rank::world]
-        loss, _ = _losses(head, target, [learned[i] for i in mine], config.depth, rng)
+        loss, _ = losses(head, target, [learned[i] for i in mine], config.depth, rng)
         (loss / world).backward()
         total = sum_over_workers(head, loss.detach() / world, world)
         for group in optimizer.param_groups:
@@ -137,63 +139,12 @@ def _train(job: dict[str, Any]) -> None:
         if rank == 0 and (step % _REPORT == _REPORT - 1 or last):
             metrics = {"step": step + 1, "loss": float(total)}
             if last:
-                metrics["agreement"] = _agreement(head, target, held_out, config)
+                metrics["agreement"] = agreement_of(head, target, held_out, config.depth, config.batch_size)
             with open(job["metrics_path"], "w" if step < _REPORT else "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
     if rank == 0:
         _save(head, Path(job["output"]))
     ray_train.report({"step": config.steps})
-
-
-def _losses(head: Any, target: Any, sequences: list[np.ndarray], depth: int, rng: Any) -> tuple[Any, list[float]]:
-    """The loss, and of each guess in a row how often its first choice is the target's.
-
-    A guess is judged by what the target's output head makes of it (cross entropy with the target's own distribution)
-    and by its distance from the target's hidden state. The next one is made on it, a token further.
-    """
-    import torch
-    from torch.nn import functional
-
-    from thornback.engine.attention import PackedBatch
-
-    device = head.norm.weight.device
-    tokens = torch.from_numpy(np.concatenate(sequences)).to(device)
-    lengths = np.array([len(s) for s in sequences])
-    stops = np.cumsum(lengths)
-    first = np.zeros(len(tokens), bool)
-    first[stops - lengths] = True
-    positions = np.arange(len(tokens)) - np.repeat(stops - lengths, lengths)
-    batch = PackedBatch.of([np.arange(stop - n, stop) for n, stop in zip(lengths, stops, strict=True)], device)
-    places = torch.from_numpy(positions).to(device)
-    with torch.no_grad():
-        states = target.base_model(input_ids=tokens[None], position_ids=places[None], use_cache=False, batch=batch)
-        states = states.last_hidden_state[0]
-        goal = head.lm_head(states).softmax(-1)
-        choice = goal.argmax(-1)
-    # What an engine does not know any more is 0: the beginnings of some sequences are unknown here.
-    unknown = rng.integers(0, np.maximum(lengths // 2, 1)) * (rng.random(len(lengths)) < 0.25)
-    known = torch.from_numpy(positions >= np.maximum(np.repeat(unknown, lengths), 1)).to(device)[:, None]
-    hidden, total, agreement = states, torch.zeros((), device=device), []
-    for ahead in range(depth):
-        before = torch.cat([hidden.new_zeros(1, hidden.shape[1]), hidden[:-1]]) * known
-        hidden = head(tokens, before, places, batch)
-        judged = torch.from_numpy(positions >= ahead).to(device)
-        logits = head.lm_head(hidden)
-        entropy = -(goal * logits.log_softmax(-1)).sum(-1)
-        distance = functional.smooth_l1_loss(hidden, states, reduction="none").mean(-1)
-        total = total + 0.7**ahead * ((entropy + distance) * judged).sum() / judged.sum()
-        agreement.append(float(((logits.argmax(-1) == choice) * judged).sum() / judged.sum()))
-    return total, agreement
-
-
-def _agreement(head: Any, target: Any, sequences: list[np.ndarray], config: DraftConfig) -> list[float]:
-    import torch
-
-    rng, found = np.random.default_rng(0), []
-    with torch.no_grad():
-        for start in range(0, len(sequences), config.batch_size):
-            found.append(_losses(head, target, sequences[start : start + config.batch_size], config.depth, rng)[1])
-    return [round(float(x), 4) for x in np.mean(found, 0)]
 
 
 def _save(head: Any, output: Path) -> None:

@@ -107,9 +107,11 @@ class Loop:
             report = crew.update(rollouts, advantages.values, step)
         with clock.phase("sync"):
             crew.publish(version=step + 1)
+        drafted = self.refresh_draft_if_due(step + 1, doing)
         self.keep_rollouts(step + 1, rollouts, table)
         self.refresh_anchors_if_due(step + 1)
-        return reward_metrics(table) | advantages.metrics | report.metrics | self.sizes(table, report, rollouts)
+        learned = reward_metrics(table) | advantages.metrics | report.metrics | drafted
+        return learned | self.sizes(table, report, rollouts)
 
     def resume(self) -> int:
         """Start the learner from the latest checkpoint, or from the beginning; returns the steps that it has behind
@@ -145,6 +147,13 @@ class Loop:
             return
         with self.clock.phase("evaluate"):
             self.evaluator.record(step, samples="before" if step == 0 else "after" if last else None)
+
+    def refresh_draft_if_due(self, step: int, doing: str) -> dict[str, float]:
+        """Where a draft head guesses rollouts, it follows the policy; returns metrics."""
+        if not self.crew.draft_is_due(step):
+            return {}
+        with self.clock.phase("draft"):
+            return self.crew.refresh_draft(step, doing)
 
     def refresh_anchors_if_due(self, step: int) -> None:
         anchors = self.config.anchors

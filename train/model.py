@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 
 from thornback.actors.locations import local_model
 from thornback.contracts import ConfigError, ModelError
+from thornback.engine.draft_files import read_draft_config
 from thornback.train.config import RunConfig
 from thornback.train.run_directory import RunDirectory
 
@@ -36,6 +39,33 @@ def check_model(config: RunConfig) -> None:
         raise ModelError(f"model.path: {path} has no config.json; give a directory in Hugging Face layout.")
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(f"model.path: {path} has no tokenizer; save the model's there with save_pretrained.")
+
+
+def check_draft(config: RunConfig) -> None:
+    """Raise `ModelError` for a draft head of the rollouts that is damaged, or was made for another model than the one
+    that the run starts from, before anything starts. Models of the hub and at URIs are compared when they are loaded.
+    """
+    rollout = config.rollout
+    if rollout.speculate == "rasd" and rollout.rasd.draft:
+        read_draft_config(local_model(rollout.rasd.draft), _sizes(config))
+
+
+def _sizes(config: RunConfig) -> dict[str, Any]:
+    """What is known of the starting model's sizes, under the names of a config.json."""
+    build, path = config.model.build, config.model.path
+    made = Path(config.directory, "built") if build is not None else Path(path or "")
+    if (made / "config.json").is_file():
+        try:
+            return json.loads((made / "config.json").read_text())
+        except ValueError as error:
+            raise ModelError(f"{made}/config.json cannot be read: {error}; save the model again.") from error
+    if build is None:
+        return {}
+    return {
+        "hidden_size": build.hidden_size,
+        "num_key_value_heads": build.num_key_value_heads,
+        "head_dim": build.hidden_size // build.num_attention_heads,
+    }
 
 
 def starting_model(config: RunConfig, run: RunDirectory) -> str:

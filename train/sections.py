@@ -129,6 +129,17 @@ class RasdConstants(Section):
     """Guess while a worker has no more unfinished rollouts than that: more of them fill its passes anyway."""
     max_tokens: PositiveInt = 1 << 22
     """Tokens of rollouts that a worker remembers; beyond that it forgets the older half."""
+    draft: str = ""
+    """A draft head for the starting model, from which rollouts are guessed too: a directory that thornback draft has
+    written; may be a URI. Empty: none."""
+    draft_refresh_every: PositiveInt | None = 10
+    """The head learns what the policy says in its latest rollouts every so many steps. None: it stays as it is."""
+    draft_refresh_updates: PositiveInt = 20
+    """Optimizer steps of such a refresh."""
+    draft_learning_rate: PositiveFloat = 5e-4
+    """AdamW's learning rate in a refresh."""
+    draft_num_gpus: NonNegativeFloat = 0.0
+    """GPUs that Ray sets aside for the actor that refreshes the head; a fraction lets it share one."""
 
 
 class RolloutSection(Section):
@@ -164,6 +175,11 @@ class RolloutSection(Section):
     """rasd: verify guesses from earlier rollouts of the same prompts, which gives the same tokens in fewer passes."""
     rasd: RasdConstants = RasdConstants()
     """Constants of rasd."""
+
+    @property
+    def refreshes_draft(self) -> bool:
+        """Whether rollouts are guessed by a draft head that follows the policy."""
+        return self.speculate == "rasd" and bool(self.rasd.draft) and self.rasd.draft_refresh_every is not None
 
 
 class ScoringSection(Section):

@@ -37,11 +37,12 @@ class RolloutSpeculation:
 
     def spec(self, plain: RolloutSpec) -> RolloutSpec:
         """A worker's, that speculates."""
-        guessing = SpeculationConfig(num_nodes=self._rasd.num_nodes, max_sequences=self._rasd.max_sequences)
+        rasd = self._rasd
+        guessing = SpeculationConfig(num_nodes=rasd.num_nodes, max_sequences=rasd.max_sequences, draft=rasd.draft)
         return replace(
             plain,
             engine_config=replace(plain.engine_config, speculation=guessing),
-            memory_tokens=self._rasd.max_tokens,
+            memory_tokens=rasd.max_tokens,
         )
 
     def resume(self, workers: ActorPool, checkpoint: Checkpoint | None) -> None:

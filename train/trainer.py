@@ -12,7 +12,7 @@ from typing import Any
 
 from thornback.contracts import Task
 from thornback.train.config import RunConfig
-from thornback.train.model import check_model
+from thornback.train.model import check_draft, check_model
 from thornback.train.objective import Objective
 from thornback.train.problem import Problem
 from thornback.train.run_directory import RunDirectory
@@ -55,6 +55,7 @@ class Trainer:
         settings = settings_of(config, model, data, reward)
         self.config = settings.config
         check_model(self.config)
+        check_draft(self.config)
         self.problem = Problem.of(settings)
         self.objective = Objective.of(self.config, self.problem.names, self.problem.weights, self.problem.ranges)
 

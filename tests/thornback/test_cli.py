@@ -77,6 +77,13 @@ def test_a_dry_run_says_what_would_run_and_ends_with_a_recipe_of_it(command, rec
     assert yaml.safe_load(configuration)["run"]["steps"] == 7
 
 
+def test_a_dry_run_names_the_learner_of_a_draft_head(recipe, capsys):
+    guessed = [str(recipe), "rollout.speculate=rasd", "rollout.rasd.draft=head", "--dry-run"]
+    for more, expected in (((), True), (("rollout.rasd.draft_refresh_every=null",), False)):
+        assert cli.main(["train", *guessed, *more]) == 0
+        assert ("1 x DraftLearner" in capsys.readouterr().out) == expected
+
+
 def test_a_reader_that_leaves_early_is_no_error(recipe):
     command = [sys.executable, "-m", "thornback", "train", str(recipe), "--dry-run"]
     read_end, write_end = os.pipe()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -35,10 +37,12 @@ def documents(tmp_path_factory):
     return path
 
 
-def test_thornback_draft(fluent, documents, tmp_path, capsys) -> None:
+def test_thornback_draft(fluent, documents, tmp_path, capsys, monkeypatch) -> None:
     out = tmp_path / "head"
+    monkeypatch.chdir(tmp_path)  # relative paths are what people type
+    fluent = Path(os.path.relpath(fluent))
     flags = "--prompt-tokens 12 --max-tokens 40 --steps 40 --batch-size 8 --learning-rate 3e-3 --threads 1"
-    assert main(["draft", str(fluent), str(out), str(documents), *flags.split()]) == 0
+    assert main(["draft", str(fluent), "head", str(documents), *flags.split()]) == 0
     assert "first choice" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "head-metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 40

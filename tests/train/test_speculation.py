@@ -10,7 +10,10 @@ import pytest
 
 from tests.train.test_survival import MODEL, Driver, killer
 from tests.train.tiny_run import comparable, events, settings, trainer
+from thornback.contracts import ModelError
 from thornback.data import read_rollouts
+from thornback.engine import load_model
+from thornback.engine.draft_head import DraftHead
 
 # What guesses cost here, so that some are always worth it, on any machine.
 COSTS = {"costs": [[1, 1e-3], [256, 1.1e-3]]}
@@ -102,3 +105,88 @@ def test_a_driver_that_is_killed_changes_nothing(ray_cluster, undisturbed, tiny_
     assert comparable(directory) == comparable(undisturbed)
     assert (directory / MODEL).read_bytes() == (undisturbed / MODEL).read_bytes()
     assert rollouts(directory, 8).logprobs.tobytes() == rollouts(undisturbed, 8).logprobs.tobytes()
+
+
+@pytest.fixture(scope="module")
+def head(tiny_model, tmp_path_factory) -> str:
+    """The directory of an untrained head for the runs' starting model."""
+    directory = tmp_path_factory.mktemp("head")
+    DraftHead.new(load_model(tiny_model("qwen3"))).save(directory)
+    return str(directory)
+
+
+def drafted(model, directory, head, **sections):
+    """A speculating run whose draft head follows the policy; checkpoints lie between two refreshes."""
+    rasd = {"draft": head, "draft_refresh_every": 2, "draft_refresh_updates": 4, "draft_learning_rate": 5e-3}
+    return speculating(model, directory, rollout={"rasd": {"max_sequences": 64, **rasd}}, **sections)
+
+
+@pytest.fixture(scope="module")
+def followed(ray_cluster, tiny_model, head, tmp_path_factory):
+    """A run with a head that is refreshed, without trouble: its directory."""
+    directory = tmp_path_factory.mktemp("followed")
+    trainer(drafted(tiny_model("qwen3"), directory, head)).train()
+    return directory
+
+
+@pytest.mark.full
+def test_a_head_that_follows_the_policy_changes_no_token(ray_cluster, undisturbed, followed):
+    for step in range(1, 9):
+        plain, fast = rollouts(undisturbed, step), rollouts(followed, step)
+        np.testing.assert_array_equal(fast.response_ids, plain.response_ids)
+        np.testing.assert_allclose(fast.logprobs, plain.logprobs, atol=1e-3)
+    rows = comparable(followed)
+    agreement = {row["step"]: row["rollout/draft_agreement"] for row in rows if "rollout/draft_agreement" in row}
+    assert list(agreement) == [2, 4, 6, 8]
+    assert agreement[8] > agreement[2]  # though the policy has moved
+    assert all(row["rollout/failed_drafts"] == 0 for row in rows)
+    first = comparable(undisturbed)[0]
+    assert rows[0]["rollout/draft_tokens"] > first["rollout/draft_tokens"]
+    # Rollouts of the last steps are in a checkpoint only where the head has not learned from them yet.
+    assert (followed / "checkpoints" / "step-6" / "draft.safetensors").exists()
+    assert not (followed / "checkpoints" / "step-6" / "draft_rollouts.parquet").exists()
+
+
+@pytest.mark.full
+def test_a_head_survives_all_that_is_killed(ray_cluster, followed, tiny_model, head, tmp_path):
+    """A lost draft learner costs the work in hand; new workers get the present head; a run that goes back to a
+    checkpoint goes back to its head, too."""
+    thread = killer(tmp_path, [(1, "draft learner"), (4, "rollout worker"), (5, "learner rank"), (5, "draft learner")])
+    trainer(drafted(tiny_model("qwen3"), tmp_path, head)).train()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+    lost = [e["message"] for e in events(tmp_path) if e["kind"] == "actor_lost"]
+    assert any("while refreshing the draft head of step" in message for message in lost)
+    assert any("going on after step 3" in e["message"] for e in events(tmp_path) if e["kind"] == "resumed")
+    assert comparable(tmp_path) == comparable(followed)
+    assert (tmp_path / MODEL).read_bytes() == (followed / MODEL).read_bytes()
+
+
+@pytest.mark.full
+def test_a_head_survives_its_driver(ray_cluster, followed, tiny_model, head, tmp_path):
+    directory = tmp_path / "run"
+
+    def start():
+        return Driver(directory, drafted(tiny_model("qwen3"), directory, head), ray_cluster)
+
+    assert start().signal_after(5, signal.SIGKILL) == -signal.SIGKILL
+    assert (directory / "checkpoints" / "step-3" / "draft_rollouts.parquet").exists()
+    start().finish()
+    assert any("going on after step 3" in e["message"] for e in events(directory) if e["kind"] == "resumed")
+    assert comparable(directory) == comparable(followed)
+    assert (directory / MODEL).read_bytes() == (followed / MODEL).read_bytes()
+    heads = [run / "checkpoints" / "step-8" / "draft.safetensors" for run in (directory, followed)]
+    assert heads[0].read_bytes() == heads[1].read_bytes()
+    assert rollouts(directory, 8).logprobs.tobytes() == rollouts(followed, 8).logprobs.tobytes()
+
+
+def test_a_head_of_another_model_is_refused(tiny_model, head, tmp_path):
+    """Before anything starts: there is no Ray here."""
+    with pytest.raises(ModelError, match="made for another model: its hidden_size is 64, but the model's is 32"):
+        trainer(drafted(tiny_model("qwen3", hidden_size=32), tmp_path / "a", head))
+    with pytest.raises(ModelError, match=r"has no readable config\.json"):
+        trainer(drafted(tiny_model("qwen3"), tmp_path / "b", str(tmp_path / "nothing")))
+    built = drafted(tiny_model("qwen3"), tmp_path / "c", head)
+    built["model"] = {"build": {"hidden_size": 96}}
+    with pytest.raises(ModelError, match="its hidden_size is 64, but the model's is 96"):
+        trainer(built)

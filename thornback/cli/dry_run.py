@@ -58,10 +58,12 @@ def _evaluation(config: RunConfig) -> str:
 
 
 def _actors(config: RunConfig) -> list[str]:
-    roles = (
+    roles = [
         ("RolloutWorker", config.rollout.num_workers, config.rollout.num_cpus, config.rollout.num_gpus),
         ("RewardModel", config.scoring.num_workers, config.scoring.num_cpus, 0.0),
         ("Learner", config.learner.num_ranks, config.learner.num_cpus, config.learner.num_gpus),
         ("WeightStore", 1, 0.0, 0.0),
-    )
+    ]
+    if config.rollout.refreshes_draft:
+        roles.append(("DraftLearner", 1, 0.0, config.rollout.rasd.draft_num_gpus))
     return [f"  {count} x {role:<13}  CPU {cpus:g}, GPU {gpus:g} each" for role, count, cpus, gpus in roles]

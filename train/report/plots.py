@@ -150,9 +150,14 @@ def throughput(run: RunRecord) -> Plot | None:
 
 
 def guesses(run: RunRecord) -> Plot | None:
-    line = Line("", *run.series("rollout/accepted_share"), smooth=True)
-    caption = "Share of the rollouts' tokens that were guessed from earlier rollouts, and right."
-    return _plot("Guessed tokens", caption, [line], _percent)
+    lines = [
+        Line("of the rollouts' tokens", *run.series("rollout/accepted_share"), smooth=True),
+        Line("of the draft head's first choices", *run.series("rollout/draft_agreement"), points=True),
+    ]
+    caption = "Share of the rollouts' tokens that were guessed, and right."
+    if len(lines[1].steps):
+        caption += " And how often a draft head's first choice was the policy's, before each refresh."
+    return _plot("Guessed tokens", caption, lines, _percent)
 
 
 def phases(run: RunRecord) -> Plot | None:
