@@ -63,6 +63,7 @@ class Drafter:
     def load(self, weights: WeightView) -> None:
         """Give the head these parameters; raises `ModelError` if they do not fit. What it has read is worth nothing
         then: the engine forgets it."""
+        assert self.head is not None, "a small model's parameters are its own"
         bind_weights(self.head, weights)
         self.refresh()
 

@@ -431,7 +431,7 @@ class TorchEngine:
     def load_draft(self, weights: WeightView) -> None:
         """Give the draft head these parameters, which were learned for the model's present ones. Raises `RuntimeError`
         while requests run, and `ModelError` if there is no head or they do not fit it."""
-        if self.drafter is None:
+        if self.drafter is None or self.drafter.head is None:
             raise ModelError(f"An engine of {self.model_name} has no draft head to load; name one in its speculation.")
         if self._sequences:
             raise RuntimeError(f"{len(self._sequences)} requests are unfinished: run them to their end first.")

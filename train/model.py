@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 
 from thornback.actors.locations import local_model
 from thornback.contracts import ConfigError, ModelError
-from thornback.engine.draft_files import read_draft_config
+from thornback.engine.draft_files import holds_head, read_draft_config
 from thornback.train.config import RunConfig
 from thornback.train.run_directory import RunDirectory
 
@@ -47,7 +47,11 @@ def check_draft(config: RunConfig) -> None:
     """
     rollout = config.rollout
     if rollout.speculate == "rasd" and rollout.rasd.draft:
-        read_draft_config(local_model(rollout.rasd.draft), _sizes(config))
+        if not holds_head(read_draft_config(local_model(rollout.rasd.draft), _sizes(config))):
+            raise ModelError(
+                f"rollout.rasd.draft: {rollout.rasd.draft} holds a whole model, which cannot follow the policy; "
+                "train a draft head with thornback draft."
+            )
 
 
 def _sizes(config: RunConfig) -> dict[str, Any]:

@@ -186,6 +186,8 @@ def test_a_head_of_another_model_is_refused(tiny_model, head, tmp_path):
         trainer(drafted(tiny_model("qwen3", hidden_size=32), tmp_path / "a", head))
     with pytest.raises(ModelError, match=r"has no readable config\.json"):
         trainer(drafted(tiny_model("qwen3"), tmp_path / "b", str(tmp_path / "nothing")))
+    with pytest.raises(ModelError, match="holds a whole model"):
+        trainer(drafted(tiny_model("qwen3"), tmp_path / "d", str(tiny_model("qwen3"))))
     built = drafted(tiny_model("qwen3"), tmp_path / "c", head)
     built["model"] = {"build": {"hidden_size": 96}}
     with pytest.raises(ModelError, match="its hidden_size is 64, but the model's is 96"):
