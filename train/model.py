@@ -45,13 +45,14 @@ def check_draft(config: RunConfig) -> None:
     """Raise `ModelError` for a draft head of the rollouts that is damaged, or was made for another model than the one
     that the run starts from, before anything starts. Models of the hub and at URIs are compared when they are loaded.
     """
-    rollout = config.rollout
-    if rollout.speculate == "rasd" and rollout.rasd.draft:
-        if not holds_head(read_draft_config(local_model(rollout.rasd.draft), _sizes(config))):
-            raise ModelError(
-                f"rollout.rasd.draft: {rollout.rasd.draft} holds a whole model, which cannot follow the policy; "
-                "train a draft head with thornback draft."
-            )
+    rollout, draft = config.rollout, config.rollout.rasd.draft
+    if rollout.speculate == "off" or not draft:
+        return
+    if not holds_head(read_draft_config(local_model(draft), _sizes(config))):
+        raise ModelError(
+            f"rollout.rasd.draft: {draft} holds a whole model, which cannot follow the policy; train a draft head with "
+            "thornback draft."
+        )
 
 
 def _sizes(config: RunConfig) -> dict[str, Any]:
