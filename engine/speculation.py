@@ -335,10 +335,8 @@ class Speculation:
             stops.append(len(sources))
         columns, ends = _end_to_end(sources)
         limits = config.num_nodes, np.array([self._left(seq) - 1 for seq in sequences], np.int64)
-        return _Guesses(
-            sequences,
-            *fuse_all(*columns, np.array(matches), np.array(doubts), ends, np.array(stops, np.int64), *limits),
-        )
+        believed = np.array(matches, np.int64), np.array(doubts, np.float64)  # of these types also where there are none
+        return _Guesses(sequences, *fuse_all(*columns, *believed, ends, np.array(stops, np.int64), *limits))
 
     def _retrieve(self, seq: Sequence, config: SpeculationConfig) -> None:
         """Ask the retrievers."""
