@@ -51,6 +51,9 @@ class SpeculationSection(BaseModel):
 name."""
     num_nodes: int = Field(default=32, ge=1, le=63)
     """Guesses for a sequence that a pass verifies, at most."""
+    adaptive: bool = True
+    """Guess less, or not at all, where passes over so many tokens cost more than guesses win; off: all there are, \
+always."""
     learn_from_traffic: bool = False
     """Guess from what this replica has answered, too."""
 
@@ -63,7 +66,9 @@ name."""
 
     def speculation_config(self) -> SpeculationConfig | None:
         """The engine's own form."""
-        return None if self.method == "off" else SpeculationConfig(num_nodes=self.num_nodes, draft=self.draft)
+        if self.method == "off":
+            return None
+        return SpeculationConfig(num_nodes=self.num_nodes, draft=self.draft, adaptive=self.adaptive)
 
 
 class LimitSection(BaseModel):
