@@ -7,15 +7,15 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from thornback.contracts import RolloutBatch, TokenTree, offsets_of
+from thornback.contracts import RolloutBatch, TokenForest, TokenTree, offsets_of
 from thornback.data import Datastore, read_table, write_table
 
 WAIT_SECONDS = 60.0  # for a thread that sorts a few thousand tokens, on however busy a machine
 
 
 class RolloutMemory:
-    """A `Retriever` over rollouts, each a document of prompt and response: what is found after the end of a prompt are
-    the responses to that very prompt.
+    """A `BatchRetriever` over rollouts, each a document of prompt and response: what is found after the end of a prompt
+    are the responses to that very prompt.
 
     Beyond `max_tokens` the older half is forgotten. What is found is a function of what was remembered, in order.
     """
@@ -58,6 +58,9 @@ class RolloutMemory:
 
     def retrieve(self, context: np.ndarray, num_nodes: int) -> TokenTree:
         return self._store.retrieve(context, num_nodes)
+
+    def retrieve_all(self, tokens: np.ndarray, stops: np.ndarray, num_nodes: int) -> TokenForest:
+        return self._store.retrieve_all(tokens, stops, num_nodes)
 
 
 def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:

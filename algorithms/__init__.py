@@ -3,10 +3,10 @@
 from thornback.algorithms.advantages import ANCHORED, ESTIMATORS, Advantages, GroupRewards
 from thornback.algorithms.alignment import align_runs, runs_of
 from thornback.algorithms.difficulty import fate
-from thornback.algorithms.forests import agree_all, choose, fuse_all, verify_all
+from thornback.algorithms.forests import are_trees, choose, fuse_all, learn_all, promise_of, verify_all
 from thornback.algorithms.growth import Growth, Level
 from thornback.algorithms.segments import SegmentAllocator
-from thornback.algorithms.speculation import Agreement, Belief, best_size
+from thornback.algorithms.speculation import FORGETTING, best_size, record_size
 from thornback.algorithms.trees import (
     agreement,
     ancestor_bits,
@@ -21,17 +21,16 @@ from thornback.algorithms.trees import (
 __all__ = [
     "ANCHORED",
     "ESTIMATORS",
+    "FORGETTING",
     "Advantages",
-    "Agreement",
-    "Belief",
     "GroupRewards",
     "Growth",
     "Level",
     "SegmentAllocator",
-    "agree_all",
     "agreement",
     "align_runs",
     "ancestor_bits",
+    "are_trees",
     "best_size",
     "choose",
     "depths",
@@ -39,7 +38,10 @@ __all__ = [
     "fuse",
     "fuse_all",
     "is_tree",
+    "learn_all",
     "likelihoods",
+    "promise_of",
+    "record_size",
     "runs_of",
     "verify",
     "verify_all",

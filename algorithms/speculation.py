@@ -3,59 +3,65 @@
 # mypy: disable-error-code="no-untyped-def, misc"
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from thornback.algorithms.compiled import compiled
 
 # How often a guessed token is right before anything is known of a sequence, and for how many guesses that counts.
 _PRIOR, _TRUST = 0.75, 3.0
-_MEMORY = 0.9  # what an earlier pass weighs beside the one after it
+FORGETTING = 0.9  # what an earlier pass weighs beside the one after it
 
 
-@dataclass(slots=True)
-class Agreement:
-    """How often a sequence's next token was among those that a source guessed for it, of late."""
-
-    right: float = 0.0
-    tried: float = 0.0
-
-    @property
-    def rate(self) -> float:
-        """How often the next guess will be right, each token of it."""
-        return (self.right + _PRIOR * _TRUST) / (self.tried + _TRUST)
-
-    @property
-    def doubt(self) -> float:
-        """How much oftener than usual the source is wrong."""
-        return (1.0 - self.rate) / (1.0 - _PRIOR)
-
-    def learn(self, num_accepted: int, stopped: float) -> None:
-        """So many tokens in a row were right; then `stopped`, in [0, 1], guesses were wrong: 0 if the tree ended."""
-        self.forget()
-        self.right += num_accepted
-        self.tried += num_accepted + stopped
-
-    def forget(self) -> None:
-        """A pass without a guess: what is known grows old, so that guessing is tried again some time."""
-        self.right *= _MEMORY
-        self.tried *= _MEMORY
+# What is remembered of a sequence is a row of float64, `record_size` long: the tokens that were accepted of its trees,
+# and the number that the trees' chances came to; then of each source of guesses, the draft first, the tokens that were
+# right, and those that were tried.
+_ACCEPTED, _PROMISED, _SOURCES = 0, 1, 2
 
 
-@dataclass(slots=True)
-class Belief:
-    """What became of what was promised to a sequence: accepted tokens, of those that its trees' chances came to."""
+def record_size(num_sources: int) -> int:
+    return _SOURCES + 2 * num_sources
 
-    accepted: float = 0.0
-    promised: float = 0.0
 
-    @property
-    def factor(self) -> float:
-        """By which chances are believed."""
-        return (self.accepted + _TRUST) / (self.promised + _TRUST)
+@compiled
+def rate(record, source):
+    """How often the next guess of a source will be right, each token of it."""
+    at = _SOURCES + 2 * source
+    return (record[at] + _PRIOR * _TRUST) / (record[at + 1] + _TRUST)
 
-    def learn(self, num_accepted: int, promised: float) -> None:
-        self.accepted = _MEMORY * self.accepted + num_accepted
-        self.promised = _MEMORY * self.promised + promised
+
+@compiled
+def doubt(record, source):
+    """How much oftener than usual a source is wrong."""
+    return (1.0 - rate(record, source)) / (1.0 - _PRIOR)
+
+
+@compiled
+def forget(record, source):
+    """A pass without a guess: what is known grows old, so that guessing is tried again some time."""
+    at = _SOURCES + 2 * source
+    record[at] *= FORGETTING
+    record[at + 1] *= FORGETTING
+
+
+@compiled
+def learn(record, source, num_accepted, stopped):
+    """So many tokens of a source in a row were right; then `stopped`, in [0, 1], guesses were wrong: 0 if its tree
+    ended."""
+    forget(record, source)
+    at = _SOURCES + 2 * source
+    record[at] += num_accepted
+    record[at + 1] += num_accepted + stopped
+
+
+@compiled
+def belief(record):
+    """By which chances are believed: what was accepted of what was promised."""
+    return (record[_ACCEPTED] + _TRUST) / (record[_PROMISED] + _TRUST)
+
+
+@compiled
+def learn_belief(record, num_accepted, promised):
+    """A tree whose chances came to `promised` had so many nodes accepted."""
+    record[_ACCEPTED] = FORGETTING * record[_ACCEPTED] + num_accepted
+    record[_PROMISED] = FORGETTING * record[_PROMISED] + promised
 
 
 @compiled

@@ -22,7 +22,14 @@ from thornback.contracts.rollouts import (
     offsets_of,
 )
 from thornback.contracts.sampling import SamplingParams
-from thornback.contracts.speculation import Retriever, SpeculationConfig, SpeculationStats, TokenTree
+from thornback.contracts.speculation import (
+    BatchRetriever,
+    Retriever,
+    SpeculationConfig,
+    SpeculationStats,
+    TokenForest,
+    TokenTree,
+)
 from thornback.contracts.tasks import Completion, Prompt, Reward, RewardScorer, Task
 from thornback.contracts.weights import STORAGE_DTYPES, TensorSpec, WeightView, weight_index
 
@@ -32,6 +39,7 @@ __all__ = [
     "STORAGE_DTYPES",
     "ActorLost",
     "Anchor",
+    "BatchRetriever",
     "BlockRun",
     "Completion",
     "ConfigError",
@@ -61,6 +69,7 @@ __all__ = [
     "Task",
     "TensorSpec",
     "ThornbackError",
+    "TokenForest",
     "TokenTree",
     "WeightView",
     "anchors_from_arrow",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,12 +35,42 @@ class TokenTree:
         return cls(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 
 
+@dataclass(frozen=True, slots=True)
+class TokenForest:
+    """The trees of S sequences, one behind the other: that of sequence s ends before node `stops[s]`. `columns` int32
+    `[3, N]`: tokens, parents (counted within each tree), and the bits of the float32 weights; `stops` and
+    `match_lengths` int64 `[S]`."""
+
+    columns: np.ndarray
+    stops: np.ndarray
+    match_lengths: np.ndarray
+
+    @classmethod
+    def of(cls, trees: Sequence[TokenTree]) -> TokenForest:
+        stops = np.cumsum([len(tree) for tree in trees], dtype=np.int64)
+        columns = np.empty((3, int(stops[-1]) if len(trees) else 0), np.int32)
+        for tree, stop in zip(trees, stops.tolist(), strict=True):
+            start = stop - len(tree)
+            columns[0, start:stop], columns[1, start:stop] = tree.tokens, tree.parents
+            columns[2, start:stop] = np.asarray(tree.weights, np.float32).view(np.int32)
+        return cls(columns, stops, np.array([tree.match_length for tree in trees], np.int64))
+
+
 class Retriever(Protocol):
     """A store of token sequences that were seen before. Must be safe to ask from several threads."""
 
     def retrieve(self, context: np.ndarray, num_nodes: int) -> TokenTree:
         """What followed the longest suffix of `context` (int64 `[T]`, the last tokens of a sequence; it is only lent)
         in the store: at most `num_nodes` nodes, the most frequent ones. Empty where nothing matches."""
+        ...
+
+
+@runtime_checkable
+class BatchRetriever(Retriever, Protocol):
+    """One that is asked for all sequences of a pass at once, which costs less than asking for each."""
+
+    def retrieve_all(self, tokens: np.ndarray, stops: np.ndarray, num_nodes: int) -> TokenForest:
+        """As `retrieve`, for S contexts that lie one behind the other in `tokens` int64, up to `stops` int64 `[S]`."""
         ...
 
 

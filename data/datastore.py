@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from thornback.contracts import DataError, TokenTree
+from thornback.contracts import DataError, TokenForest, TokenTree
 from thornback.data.files import open_location
 from thornback.data.levels import Levels
 from thornback.data.lookup import LEVELS
@@ -131,6 +131,10 @@ class Datastore:
         """What followed the longest match of the last 16 to 2 tokens, in whichever parts of the store it occurs. Of
         equally frequent continuations the one that was seen last comes first."""
         return self._levels.view.retrieve(context, num_nodes)
+
+    def retrieve_all(self, tokens: np.ndarray, stops: np.ndarray, num_nodes: int) -> TokenForest:
+        """The same for several contexts: see `BatchRetriever`."""
+        return self._levels.view.retrieve_all(tokens, stops, num_nodes)
 
     def append(self, token_ids: np.ndarray | Sequence[int]) -> None:
         """Add a document; look-ups find it within a second. Raises `DataError` for a token that the vocabulary does not

@@ -114,6 +114,34 @@ def look_back(context, num_nodes):
     return _grow(paths, places, num_nodes, 1.0), match if read else 0
 
 
+@compiled
+def look_up_all(table, tokens, stops, num_nodes):
+    """`look_up` for each of the contexts that lie one behind the other in `tokens` int64, up to `stops` `[S]`: all
+    trees' columns int32 `[3, N]`, where each ends, and the lengths of the matches, int64 `[2, S]`."""
+    columns, ends = np.empty((3, len(stops) * num_nodes), np.int32), np.empty((2, len(stops)), np.int64)
+    start, size = 0, 0
+    for s in range(len(stops)):
+        tree, ends[1, s] = look_up(table, tokens[max(start, stops[s] - DEPTH) : stops[s]], num_nodes)
+        columns[:, size : size + tree.shape[1]] = tree
+        size += tree.shape[1]
+        ends[0, s], start = size, stops[s]
+    return columns[:, :size].copy(), ends
+
+
+@compiled
+def look_back_all(tokens, stops, num_nodes):
+    """`look_back` for each context, likewise."""
+    columns, ends = np.empty((3, len(stops) * num_nodes), np.int32), np.zeros((2, len(stops)), np.int64)
+    start, size = 0, 0
+    for s in range(len(stops)):
+        if stops[s] > start:
+            tree, ends[1, s] = look_back(tokens[start : stops[s]], num_nodes)
+            columns[:, size : size + tree.shape[1]] = tree
+            size += tree.shape[1]
+        ends[0, s], start = size, stops[s]
+    return columns[:, :size].copy(), ends
+
+
 def tree_of(columns: np.ndarray, match_length: int) -> TokenTree:
     """`columns` int32 `[3, N]`: tokens, parents and the bits of weights. One array is handed over faster than three."""
     return TokenTree(columns[0], columns[1], columns[2].view(np.float32), match_length)

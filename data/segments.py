@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from thornback.contracts import TokenTree
-from thornback.data.lookup import LEVELS, look_up, thin, tree_of
+from thornback.contracts import TokenForest, TokenTree
+from thornback.data.lookup import LEVELS, look_up, look_up_all, thin, tree_of
 from thornback.data.suffix_array import DEPTH, merge_orders, sort_places
 
 
@@ -49,6 +49,10 @@ class View:
 
     def retrieve(self, context: np.ndarray, num_nodes: int) -> TokenTree:
         return tree_of(*look_up(self._table, np.array(context[-DEPTH:], np.int64), num_nodes))
+
+    def retrieve_all(self, tokens: np.ndarray, stops: np.ndarray, num_nodes: int) -> TokenForest:
+        columns, ends = look_up_all(self._table, tokens, stops, num_nodes)
+        return TokenForest(columns, *ends)
 
 
 def _place(array: np.ndarray) -> tuple[int, int]:

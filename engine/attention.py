@@ -19,12 +19,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from thornback.contracts import ModelError
 from thornback.engine import device_tokens, kernels
+from thornback.engine.block_tables import BlockTables
 from thornback.engine.device_tokens import DeviceTokens
 from thornback.engine.layout import NO_PARENTS, NO_TREE, lay_out, place
 from thornback.engine.paged_attention import PagedTokens, paged_attention
 
 ATTENTION_NAME = "thornback"
-_AHEAD = 128  # tokens for whose blocks a table has room, so that coming passes can go on with it
 _FEW = 256  # new tokens of a sequence below which gathering its keys costs more than torch's faster kernel wins
 # (measured on CPU; a guess for GPUs)
 
@@ -143,15 +143,24 @@ class PagedBatch:
         """Sequence i brings `lengths[i]` new tokens, packed in this order, after `contexts[i]` earlier ones, over the
         blocks `tables[i]`. Where it is in `trees`, its last tokens, earlier or new, are a draft tree with these
         parents: they lie in the pool one after the other, but stand, and see each other, as the tree says."""
-        size, trees = pool.shape[4], trees or {}
-        counts, before = np.array(lengths), np.array(contexts)
+        trees = trees or {}
         parents = np.concatenate([NO_PARENTS, *(trees[i] for i in sorted(trees))])
-        stops = np.cumsum([len(trees[i]) if i in trees else 0 for i in range(len(counts))])
+        stops = np.cumsum([len(trees[i]) if i in trees else 0 for i in range(len(lengths))])
+        return cls.of_trees(pool, np.array(lengths), np.array(contexts), BlockTables().of(tables), parents, stops)
+
+    @classmethod
+    def of_trees(
+        cls,
+        pool: Tensor,
+        counts: np.ndarray,
+        before: np.ndarray,
+        table: np.ndarray,
+        parents: np.ndarray,
+        stops: np.ndarray,
+    ) -> PagedBatch:
+        """The same of arrays: `counts` and `before` `[B]`, `table` `[B, N]`, and the trees' parents, one behind the
+        other, up to `stops` `[B]`."""
         owners, *places = lay_out(counts, before, parents, stops)
-        width = -(-(int((counts + before).max()) + _AHEAD) // size)
-        table = np.zeros((len(tables), width), np.int64)
-        for row, blocks in zip(table, tables, strict=True):
-            row[: len(blocks)] = blocks[: len(row)]
         return cls.of_nodes(pool, owners, table, *places)
 
     @classmethod

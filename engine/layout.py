@@ -41,6 +41,29 @@ def lay_out(counts, before, parents, stops):
 
 
 @compiled
+def weave(tokens, counts, wanted, nodes, stops):
+    """A pass's tokens int64 `[T]`: of each sequence `counts` `[B]` of the `tokens`, then those of its tree's `nodes`,
+    which end at `stops` `[B]`. Also which of them need logits, int64 `[R]`: the last `wanted` `[B]` of a sequence's
+    tokens and all its nodes; and where each sequence's begin among these `[B]`."""
+    size = len(tokens) + len(nodes)
+    out, rows, first = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(len(counts), np.int64)
+    start, node, at, row = 0, 0, 0, 0
+    for s in range(len(counts)):
+        first[s] = row
+        for i in range(counts[s]):
+            out[at] = tokens[start + i]
+            if counts[s] - i <= wanted[s]:
+                rows[row] = at
+                row += 1
+            at += 1
+        start += counts[s]
+        while node < stops[s]:
+            out[at], rows[row] = nodes[node], at
+            at, row, node = at + 1, row + 1, node + 1
+    return out, rows[:row], first
+
+
+@compiled
 def place(owners, rows, table, strides, size, heads):
     """Where the keys of layer 0 of each token go, head by head, in a pool whose blocks are `strides` rows apart: int64
     `[T * heads]`; how many tokens each row of `table` has; and the lengths `[T]` of what they see."""

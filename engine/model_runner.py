@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from thornback.engine.attention import PagedBatch
+from thornback.engine.block_tables import BlockTables
 from thornback.engine.decoder_program import DecoderProgram
 from thornback.engine.kv_pool import KVPool
+from thornback.engine.layout import NO_PARENTS, weave
 from thornback.engine.lora import AdapterSet
 from thornback.engine.randomness import positional_uniform
 from thornback.engine.sampler import Sampled, SamplingBatch, sample
@@ -45,34 +47,37 @@ class ModelRunner:
         self.hidden: Tensor | None = None
         if keep_hidden and self._program is None:
             model.base_model.register_forward_hook(self._keep_hidden)
+        self._tables = BlockTables()
         self._decoding: list[Sequence] = []  # in the last pass, if it was of one token each
         self._drawing: list[Sequence] = []
 
     @torch.inference_mode()
-    def forward(self, batch: list[Scheduled]) -> tuple[Tensor, list[int]]:
-        """Run the scheduled tokens. Returns the logits `[rows, V]` that somebody needs, and for each scheduled
-        sequence the first of its rows: one row, its last token's, or all of its tokens' where prompt
-        log-probabilities are asked for (none where neither is); the rows of its draft's nodes follow."""
+    def forward(
+        self, batch: list[Scheduled], guessed: np.ndarray | None = None, parents: np.ndarray = NO_PARENTS
+    ) -> tuple[Tensor, list[int]]:
+        """Run the scheduled tokens, and their drafts': `guessed` and `parents`, int32, of all of them. Returns the
+        logits `[rows, V]` that somebody needs, and for each scheduled sequence the first of its rows: one row, its last
+        token's, or all of its tokens' where prompt log-probabilities are asked for (none where neither is); the rows of
+        its draft's nodes follow."""
         sequences = [item.seq for item in batch]
         if self.adapters.names:
             names = [seq.request.adapter for seq in sequences]
             self.adapters.place(names, [item.num_tokens for item in batch], self.device)
         contexts = [seq.num_computed_tokens for seq in sequences]
-        guessing = any(item.draft is not None for item in batch)
         if (
             sequences == self._decoding
-            and not guessing
+            and not len(parents)
             and self._paged.advance(contexts, [seq.block_table for seq in sequences])
         ):
-            tokens = [seq.token_ids[-1] for seq in sequences]
+            tokens = np.array([seq.token_ids[-1] for seq in sequences])
         else:
-            tokens = self._prepare(batch, sequences, contexts)
-        return self._run(self._tensor(tokens), self._rows, self._paged), self._first_row
+            tokens = self._prepare(batch, sequences, contexts, parents if guessed is None else guessed, parents)
+        return self._run(torch.from_numpy(tokens).to(self.device), self._rows, self._paged), self._first_row
 
     @torch.inference_mode()
     def try_pass(self, num_tokens: int) -> None:
         """A pass of so many sequences' first tokens, to see what it takes; it spoils the pool's first block."""
-        zeros = self._tensor([0] * num_tokens)
+        zeros = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
         paged = PagedBatch.of(self.pool.tensor, [1] * num_tokens, [0] * num_tokens, [[0]] * num_tokens)
         self._run(zeros, torch.arange(num_tokens, device=self.device), paged).cpu()
 
@@ -92,35 +97,32 @@ class ModelRunner:
     def _keep_hidden(self, module: Any, inputs: Any, output: Any) -> None:
         self.hidden = output.last_hidden_state[0]
 
-    def _prepare(self, batch: list[Scheduled], sequences: list[Sequence], contexts: list[int]) -> list[int]:
+    def _prepare(
+        self,
+        batch: list[Scheduled],
+        sequences: list[Sequence],
+        contexts: list[int],
+        guessed: np.ndarray,
+        parents: np.ndarray,
+    ) -> np.ndarray:
         """What a pass needs to know, from nothing; returns its tokens."""
         tokens: list[int] = []
-        rows: list[int] = []
-        self._first_row = []
-        lengths: list[int] = []
-        trees: dict[int, np.ndarray] = {}
+        wanted: list[int] = []  # of the rows of each sequence's own tokens: the last so many
         for item, start in zip(batch, contexts, strict=True):
             seq, n = item.seq, item.num_tokens
             tokens += seq.token_ids[start : start + n]
-            self._first_row.append(len(rows))
-            if seq.prompt_logprobs is not None and start < seq.num_prompt_tokens:
-                rows += range(len(tokens) - n, len(tokens))
-            elif item.draws:
-                rows.append(len(tokens) - 1)
-            if item.draft is not None:
-                n += len(item.draft)
-                trees[len(lengths)] = item.draft.parents
-                rows += range(len(tokens), len(tokens) + len(item.draft))
-                tokens += item.draft.tokens.tolist()
-            lengths.append(n)
-        self._rows = self._tensor(rows)
-        self._paged = PagedBatch.of(self.pool.tensor, lengths, contexts, [seq.block_table for seq in sequences], trees)
-        all_draw = len(tokens) == len(rows) == len(batch)
+            wanted.append(n if seq.prompt_logprobs is not None and start < seq.num_prompt_tokens else int(item.draws))
+        counts = np.array([item.num_tokens for item in batch])
+        stops = np.cumsum([item.num_draft_tokens for item in batch])
+        ids, rows, first = weave(np.array(tokens), counts, np.array(wanted, np.int64), guessed, stops)
+        self._first_row = first.tolist()
+        self._rows = torch.from_numpy(rows).to(self.device)
+        counts += np.diff(stops, prepend=0)
+        table = self._tables.of([seq.block_table for seq in sequences])
+        self._paged = PagedBatch.of_trees(self.pool.tensor, counts, np.array(contexts), table, parents, stops)
+        all_draw = len(ids) == len(rows) == len(batch)
         self._decoding = sequences if all_draw and not self._paged.groups else []
-        return tokens
-
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.from_numpy(np.asarray(values, np.int64)).to(self.device)
+        return ids
 
     @property
     def runs_compiled(self) -> bool:

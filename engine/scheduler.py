@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from thornback.contracts import TokenTree
 from thornback.engine.block_manager import BlockManager
 from thornback.engine.sequence import Sequence
 
 
 @dataclass(slots=True)
 class Scheduled:
-    """`num_tokens` of `seq`, from its first token without keys and values on, run in this pass; and `draft` under the
-    last of them."""
+    """`num_tokens` of `seq`, from its first token without keys and values on, run in this pass; and under the last of
+    them a tree of `num_draft_tokens`."""
 
     seq: Sequence
     num_tokens: int
-    draft: TokenTree | None = None
+    num_draft_tokens: int = 0
 
     @property
     def draws(self) -> bool:
@@ -55,10 +54,9 @@ class Scheduler:
             else:
                 item = self.scheduled(seq, num_tokens)
                 budget -= num_tokens
-                if seq.draft is not None and self._has_room(item, seq.draft, budget):
-                    item.draft = seq.draft
-                    budget -= len(seq.draft)
-                seq.draft = None
+                if seq.num_draft_tokens and self._has_room(item, seq.num_draft_tokens, budget):
+                    item.num_draft_tokens = seq.num_draft_tokens
+                    budget -= seq.num_draft_tokens
                 batch.append(item)
                 position += 1
         while self.waiting and budget > 0 and not preempted and len(self.running) < self.max_num_seqs:
@@ -76,10 +74,10 @@ class Scheduler:
             budget -= num_tokens
         return batch
 
-    def _has_room(self, item: Scheduled, draft: TokenTree, budget: int) -> bool:
+    def _has_room(self, item: Scheduled, num_draft_tokens: int, budget: int) -> bool:
         """Whether a draft may be verified in this pass: it takes what is free, and nothing from anybody."""
-        num_tokens = item.seq.num_computed_tokens + item.num_tokens + len(draft)
-        return item.draws and len(draft) <= budget and self.blocks.grow(item.seq, num_tokens)
+        num_tokens = item.seq.num_computed_tokens + item.num_tokens + num_draft_tokens
+        return item.draws and num_draft_tokens <= budget and self.blocks.grow(item.seq, num_tokens)
 
     def scheduled(self, seq: Sequence, num_tokens: int) -> Scheduled:
         self.blocks.remember(seq, seq.num_computed_tokens + num_tokens)

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from thornback.algorithms import Agreement, Belief
-from thornback.contracts import KVImport, Request, TokenTree
+from thornback.contracts import KVImport, Request
 
 _HIDDEN = 256  # passes whose hidden states are kept for a draft head: without them it still guesses, but not as well
 
@@ -35,13 +34,9 @@ class Sequence:
     cacheable: bool = True
     prompt_logprobs: list | None = None
     grammar: Any = None
-    draft: TokenTree | None = None  # what the coming pass verifies, if there is room for it
-    speculates: bool = True  # until a retriever fails it
-    agreements: list[Agreement] = field(default_factory=list)  # with each retriever
-    drafted: tuple | None = None  # tokens, parents and chances of the draft's tree, before the others joined it
-    draft_agreement: Agreement = field(default_factory=Agreement)
-    belief: Belief = field(default_factory=Belief)
-    retrieved: list[TokenTree] = field(default_factory=list)  # by each, for the draft
+    num_draft_tokens: int = 0  # that the coming pass verifies, if there is room for them
+    speculates: bool = True  # until a retriever or the draft fails it
+    slot: int = -1  # of what speculation remembers of it
     # Hidden states that a draft head has not read: (position of the first, a pass's states, row of the first, number).
     hidden: deque[tuple[int, Any, int, int]] = field(default_factory=lambda: deque(maxlen=_HIDDEN))
     num_drafted_tokens: int = 0  # that a draft has read

@@ -6,130 +6,66 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
 
-from thornback.algorithms import (
-    Agreement,
-    agree_all,
-    choose,
-    fuse_all,
-    is_tree,
-    likelihoods,
-    verify_all,
+from thornback.algorithms import FORGETTING, are_trees, choose, fuse_all, learn_all, promise_of, record_size, verify_all
+from thornback.contracts import (
+    Retriever,
+    SpeculationConfig,
+    SpeculationStats,
+    TokenForest,
+    TokenTree,
 )
-from thornback.contracts import Retriever, SpeculationConfig, SpeculationStats, TokenTree
 from thornback.engine.drafter import Drafted, Drafter
+from thornback.engine.guess_rates import DraftWorth, GuessRate
 from thornback.engine.pass_costs import Costs, PassCosts
+from thornback.engine.scheduler import Scheduled
 from thornback.engine.sequence import Sequence
 
 _log = logging.getLogger(__name__)
-_MEMORY = 0.95  # what an earlier pass weighs in a rate
-_LIKELY = 0.05  # retrieved branches whose first token a draft thinks so likely stay, whatever its other choices
-_JUDGES = 0.6  # how often a draft must be right to judge what others say
-_RUN, _PERIOD = 8, 256  # so many passes in a row try the other way, once in so many
-_TRIALS, _TRY_AGAIN = 4, 48  # so many passes with and without a draft before they are compared; one in so many tries
 _PROMISES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of accepted tokens a sequence, between which passes are compared
 TRIAL_NODES = 4  # of trees that are only tried, to see what a step takes
-_CHANCES = -1  # in place of a match: weights are chances already
-_T = TypeVar("_T")
-_Tree = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens int32, parents int32, and chances or weights float32
-_NO_TREE: _Tree = (np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 _LEAST_PROMISE = 0.05  # accepted tokens a sequence for which a draft looks deeper, where its costs are not measured
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
-class _Guesses:
-    """A tree for each of some sequences, one behind the other, up to `stops` `[S]`: int32, int32, and each node's
-    chance of being accepted, float32."""
+class Guesses:
+    """A tree for each of some sequences, one behind the other, up to `stops` `[S]`: tokens and parents int32, and each
+    node's chance of being accepted, float32. `slots` `[S]`: where what is known of the sequences is; `columns` and
+    `ends`: what all sources said of them (`algorithms.forests`)."""
 
     sequences: list[Sequence]
+    slots: np.ndarray
+    columns: np.ndarray
+    ends: np.ndarray
     tokens: np.ndarray
     parents: np.ndarray
     chances: np.ndarray
     stops: np.ndarray
 
-    def beliefs(self) -> np.ndarray:
-        """What chances are worth, of each sequence's tree."""
-        return np.array([seq.belief.factor for seq in self.sequences])
+    @property
+    def trees(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return self.tokens, self.parents, self.chances, self.stops
+
+    def take(self, tokens: np.ndarray, parents: np.ndarray, chances: np.ndarray, stops: np.ndarray) -> None:
+        self.tokens, self.parents, self.chances, self.stops = tokens, parents, chances, stops
 
     def propose(self) -> None:
-        """Let these trees be verified."""
-        start = 0
-        for seq, stop in zip(self.sequences, self.stops.tolist(), strict=True):
-            if stop > start:
-                seq.draft = TokenTree(self.tokens[start:stop], self.parents[start:stop], self.chances[start:stop])
-            start = stop
+        """Say to the scheduler how many nodes there are for each sequence."""
+        for seq, count in zip(self.sequences, np.diff(self.stops, prepend=0).tolist(), strict=True):
+            seq.num_draft_tokens = count
 
-
-class _Load:
-    """Whether guessing wins at one load, by what it was seen to win: whatever else it costs is in it."""
-
-    def __init__(self, always: bool = False) -> None:
-        self.drafts = self._always = always
-        self._tokens, self._seconds = [0.0, 0.0], [0.0, 0.0]  # without and with guessing
-        self._passes = self._since_change = 0
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second, of passes as they go now."""
-        way = int(self.drafts)
-        return self._tokens[way] / self._seconds[way] if self._seconds[way] else 0.0
-
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """A pass gave so many tokens in so many seconds; choose the way of the next one."""
-        if self._always:
-            return
-        way = int(self.drafts)
-        if self._since_change:  # the first after a change has to build what others go on with
-            self._tokens[way] = _MEMORY * self._tokens[way] + num_tokens
-            self._seconds[way] = _MEMORY * self._seconds[way] + seconds
-        self._passes += 1
-        self._since_change += 1
-        if self._since_change > _RUN:
-            plain, drafting = (t / s if s else np.inf for t, s in zip(self._tokens, self._seconds, strict=True))
-            better = drafting > plain
-            if self._passes % _PERIOD < _RUN and self._passes > _PERIOD:
-                better = not better
-            if better != self.drafts:
-                self.drafts, self._since_change = bool(better), 0
-
-
-class _Worth:
-    """Whether the draft head is worth its time beside what was retrieved: by the tokens and seconds of passes with and
-    without it, where retrieval promised about as much."""
-
-    def __init__(self) -> None:
-        self._tokens, self._seconds, self._passes = [0.0, 0.0], [0.0, 0.0], [0, 0]
-        self.drafted = self.trying = False
-
-    def choose(self, rate: float) -> bool:
-        """Whether to draft, where so many tokens a second come anyway."""
-        few = [way for way in (True, False) if self._passes[way] < _TRIALS]
-        again = sum(self._passes) % _TRY_AGAIN == 0
-        self.trying = bool(few) or again
-        if few:
-            self.drafted = few[0]
-        else:
-            gain, cost = (
-                self._mean(values, True) - self._mean(values, False) for values in (self._tokens, self._seconds)
-            )
-            self.drafted = (gain > cost * rate) != again
-        return self.drafted
-
-    def _mean(self, values: list[float], way: bool) -> float:
-        return values[way] / self._weight(way)
-
-    def _weight(self, way: bool) -> float:
-        return (1 - _MEMORY ** self._passes[way]) / (1 - _MEMORY)
-
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        way = self.drafted
-        self._tokens[way] = _MEMORY * self._tokens[way] + num_tokens
-        self._seconds[way] = _MEMORY * self._seconds[way] + seconds
-        self._passes[way] += 1
+    def keep(self, batch: list[Scheduled]) -> None:
+        """Drop the trees for which a pass had no room."""
+        found = {id(item.seq) for item in batch if item.num_draft_tokens}
+        counts = np.diff(self.stops, prepend=0)
+        kept = np.array([id(seq) in found for seq in self.sequences], bool)
+        if not kept[counts > 0].all():
+            nodes = np.repeat(kept, counts)
+            self.take(self.tokens[nodes], self.parents[nodes], self.chances[nodes], np.cumsum(counts * kept))
 
 
 class Speculation:
@@ -147,10 +83,13 @@ class Speculation:
         self._retrievers, self._drafter = retrievers, drafter
         self._max_model_len, self._vocab_size = max_model_len, vocab_size
         self._costs = PassCosts()
-        self._loads: dict[int, _Load] = {}  # by the number of sequences, in powers of two
-        self._load: _Load | None = None
-        self._worths: dict[tuple[int, int], _Worth] = {}  # by that, and by what retrieval promises
-        self._worth: _Worth | None = None
+        self._records = np.zeros((0, record_size(1 + len(retrievers))))  # of sequences, and the rows that are free
+        self._free: list[int] = []
+        self.guesses: Guesses | None = None  # for the coming pass
+        self._loads: dict[int, GuessRate] = {}  # by the number of sequences, in powers of two
+        self._load: GuessRate | None = None
+        self._worths: dict[tuple[int, int], DraftWorth] = {}  # by that, and by what retrieval promises
+        self._worth: DraftWorth | None = None
         self._started = self._drafting = 0.0  # when a pass began, and how long the draft took in it
         self._shape = 0, 0  # sequences and tokens of that pass
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = self.num_failures = 0
@@ -200,33 +139,39 @@ class Speculation:
 
     def propose(self, sequences: list[Sequence]) -> None:
         """Give each sequence whose next pass draws one token the tree to be verified in it, if that is worth it."""
+        self.guesses = self._load = self._worth = None
         if self._config is None:
             return
         for seq in sequences:
-            seq.draft = None  # one that found no room in its pass is old by now
-        self._load = self._worth = None
+            seq.num_draft_tokens = 0
         if self._config.max_sequences is not None and len(sequences) > self._config.max_sequences:
             return
         # A grammar allows after each node what only it knows: such sequences go on token by token.
         able = [s for s in sequences if s.grammar is None and s.speculates]
         eligible = [s for s in able if len(s.token_ids) - s.num_computed_tokens == 1]
         if not self._config.adaptive:
-            self._guess(eligible, self._config).propose()
+            self._guess(eligible, self._config)
             return
         repeatable = bool(self._config.costs)
-        load = self._loads.setdefault(0 if repeatable else len(sequences).bit_length(), _Load(repeatable))
+        load = self._loads.setdefault(0 if repeatable else len(sequences).bit_length(), GuessRate(repeatable))
         num_tokens = sum(len(seq.token_ids) - seq.num_computed_tokens for seq in sequences)
         self._load = load if len(sequences) == num_tokens else None  # rates are those of passes that only decode
         self._started, self._drafting = time.perf_counter(), 0.0
         self._shape = len(sequences), num_tokens
         if load.drafts:
-            guesses = self._chosen(self._guess(eligible, self._config), len(sequences), num_tokens)
-            guesses.propose()
-            self._shape = len(sequences), num_tokens + len(guesses.tokens)
-        for seq in eligible:
-            if seq.draft is None:
-                for source in seq.agreements:
-                    source.forget()
+            self._guess(eligible, self._config, (len(sequences), num_tokens))
+            if self.guesses is not None:
+                self._shape = len(sequences), num_tokens + len(self.guesses.tokens)
+        else:
+            for seq in eligible:
+                if seq.slot >= 0:
+                    self._records[seq.slot] *= FORGETTING  # that guessing is tried again some time
+
+    def kept(self, batch: list[Scheduled]) -> Guesses | None:
+        """The guesses that a scheduled pass has room for; None: nobody was guessed for."""
+        if self.guesses is not None:
+            self.guesses.keep(batch)
+        return self.guesses
 
     def observe(self, num_tokens: int) -> None:
         """The pass that was proposed is over, and gave so many tokens."""
@@ -239,34 +184,52 @@ class Speculation:
                 self._worth.observe(num_tokens, seconds)
         self._load = self._worth = None
 
-    def _chosen(self, guesses: _Guesses, num_sequences: int, num_tokens: int) -> _Guesses:
-        """The best nodes of all guesses together: as many as make the pass give the most tokens a second."""
-        columns = guesses.tokens, guesses.parents, guesses.chances, guesses.stops
-        costs = self._costs.of(num_sequences), self._costs.sizes
-        return _Guesses(guesses.sequences, *choose(*columns, guesses.beliefs(), num_sequences, num_tokens, *costs))
-
-    def _guess(self, sequences: list[Sequence], config: SpeculationConfig) -> _Guesses:
-        able = []
-        for seq in sequences:
-            if self._left(seq) > 1:
-                self._retrieve(seq, config)
-                if seq.speculates:
-                    able.append(seq)
-        guesses = self._fused(able, [None] * len(able), config)
-        if self._drafter is not None and able:
-            beliefs = np.repeat(guesses.beliefs(), np.diff(guesses.stops, prepend=0))
-            promise = float(np.minimum(guesses.chances * beliefs, 1.0).sum()) / len(able)
+    def _guess(self, sequences: list[Sequence], config: SpeculationConfig, load: tuple[int, int] | None = None) -> None:
+        """Make the `guesses` of the coming pass. `load`: how many sequences and tokens it has anyway: of all nodes the
+        best are chosen then, as many as give the most tokens a second."""
+        able = [seq for seq in sequences if seq.speculates and self._left(seq) > 1]
+        if not able:
+            return
+        retrieved, drafts = self._retrieve(able, config), None
+        slots = np.array([self._slot(seq) for seq in able])
+        guesses = self._fused(able, slots, retrieved, None, config)
+        if self._drafter is not None:
+            promise = promise_of(guesses.chances, guesses.stops, self._records, slots) / len(able)
             if self._drafts(len(able), promise, config):
                 drafts = self._draft(able, self._least_promise(len(able), config))
-                guesses = self._fused(able, drafts, config)
-        return guesses
+                guesses = self._fused(able, slots, retrieved, drafts, config)
+        if not all(seq.speculates for seq in able):  # whom a source has failed goes on alone
+            self._guess(able, config, load)
+            return
+        if load is not None:
+            costs = self._costs.of(load[0]), self._costs.sizes
+            guesses.take(*choose(*guesses.trees, self._records, slots, *load, *costs))
+        guesses.propose()
+        self.guesses = guesses
+
+    def _slot(self, seq: Sequence) -> int:
+        """The row of what is remembered of a sequence."""
+        if seq.slot < 0:
+            if not self._free:
+                size = len(self._records)
+                self._records = np.concatenate([self._records, np.zeros((max(8, size), self._records.shape[1]))])
+                self._free = list(range(size, len(self._records)))
+            seq.slot = self._free.pop()
+            self._records[seq.slot] = 0
+        return seq.slot
+
+    def forget(self, seq: Sequence) -> None:
+        """A sequence has ended."""
+        if seq.slot >= 0:
+            self._free.append(seq.slot)
+            seq.slot = -1
 
     def _drafts(self, num_sequences: int, promise: float, config: SpeculationConfig) -> bool:
         """Whether to ask the draft head, where retrieval promises so many accepted tokens a sequence."""
         if self._load is None or not config.adaptive or config.costs:
             return True
         key = (num_sequences.bit_length(), int(np.searchsorted(_PROMISES, promise)))
-        self._worth = self._worths.setdefault(key, _Worth())
+        self._worth = self._worths.setdefault(key, DraftWorth())
         return self._worth.choose(self._load.rate)
 
     def _least_promise(self, num_sequences: int, config: SpeculationConfig) -> float:
@@ -309,83 +272,61 @@ class Speculation:
         """How many tokens may still be drawn."""
         return min(seq.request.sampling.max_tokens - seq.num_output_tokens, self._max_model_len - len(seq.token_ids))
 
-    def _fused(self, sequences: list[Sequence], drafts: list[Drafted | None], config: SpeculationConfig) -> _Guesses:
+    def _fused(
+        self,
+        sequences: list[Sequence],
+        slots: np.ndarray,
+        retrieved: list[TokenForest],
+        drafts: list[Drafted | None] | None,
+        config: SpeculationConfig,
+    ) -> Guesses:
         """What all sources say of each sequence, as one tree."""
-        sources: list[_Tree] = []
-        matches: list[int] = []
-        doubts: list[float] = []
-        stops: list[int] = []
-        for seq, draft in zip(sequences, drafts, strict=True):
-            seq.drafted = None if draft is None else draft.tree
-            if draft is not None:
-                sources.append(draft.tree)
-                matches.append(_CHANCES)
-                doubts.append(0.0)
-            judges = draft is not None and seq.draft_agreement.rate > _JUDGES
-            for tree, source in zip(seq.retrieved, seq.agreements, strict=True) if seq.speculates else ():
-                match, weights = tree.match_length, tree.weights
-                if draft is not None and judges:
-                    first = draft.chances(tree.tokens[tree.parents < 0])
-                    least = min(draft.least, _LIKELY)
-                    columns = tree.tokens, tree.parents, weights
-                    match, weights = _CHANCES, likelihoods(*columns, match, source.doubt, first, least)
-                sources.append((tree.tokens, tree.parents, weights))
-                matches.append(match)
-                doubts.append(source.doubt)
-            stops.append(len(sources))
-        columns, ends = _end_to_end(sources)
-        limits = config.num_nodes, np.array([self._left(seq) - 1 for seq in sequences], np.int64)
-        believed = np.array(matches, np.int64), np.array(doubts, np.float64)  # of these types also where there are none
-        return _Guesses(sequences, *fuse_all(*columns, *believed, ends, np.array(stops, np.int64), *limits))
+        draft, scores, factors = _side_by_side(drafts or [None] * len(sequences))
+        forests = [draft, *retrieved]
+        columns = np.concatenate([forest.columns for forest in forests], 1)
+        starts = np.cumsum([0, *(forest.columns.shape[1] for forest in forests[:-1])])
+        ends = np.stack([forest.stops for forest in forests]) + starts[:, None]
+        matches = np.stack([forest.match_lengths for forest in forests])
+        known = matches, self._records, slots, scores, factors
+        limits = config.num_nodes, np.array([self._left(seq) - 1 for seq in sequences])
+        return Guesses(sequences, slots, columns, ends, *fuse_all(columns, ends, *known, *limits))
 
-    def _retrieve(self, seq: Sequence, config: SpeculationConfig) -> None:
-        """Ask the retrievers."""
-        context = seq.context()[-config.max_lookback :]
-        try:
-            trees = (retriever.retrieve(context, config.num_nodes) for retriever in self._retrievers)
-            seq.retrieved = [_checked(tree, self._vocab_size) for tree in trees]
-        except Exception as error:
-            seq.retrieved = []
-            self._give_up(seq, error)
-        if not seq.agreements:
-            seq.agreements = [Agreement() for _ in self._retrievers]
+    def _retrieve(self, sequences: list[Sequence], config: SpeculationConfig) -> list[TokenForest]:
+        """What each retriever says of all sequences. One that fails a sequence ends its guessing."""
+        contexts = [seq.context()[-config.max_lookback :] for seq in sequences]
+        tokens, stops = np.concatenate(contexts), np.cumsum([len(context) for context in contexts])
+        forests = []
+        for retriever in self._retrievers:
+            all_at_once = getattr(retriever, "retrieve_all", None)  # of a `BatchRetriever`
+            if all_at_once is not None:
+                try:
+                    forests.append(_checked(all_at_once(tokens, stops, config.num_nodes), self._vocab_size))
+                    continue
+                except Exception:
+                    _log.debug("A retriever fails; whom it fails is seen one by one.", exc_info=True)
+            trees = []
+            for seq, context in zip(sequences, contexts, strict=True):
+                try:
+                    trees.append(_valid(retriever.retrieve(context, config.num_nodes), self._vocab_size))
+                except Exception as error:
+                    self._give_up(seq, error)
+                    trees.append(TokenTree.empty())
+            forests.append(TokenForest.of(trees))
+        return forests
 
-    def settle(self, drafts: list[tuple[Sequence, TokenTree]], drawn: np.ndarray, rows: list[int]) -> list[list[int]]:
-        """The nodes of each sequence's draft that the model agrees with, from the root down. What it drew after the
-        sequence's last token is at its row of `drawn`; what it drew after the draft's nodes follows."""
-        (tokens, parents, chances), stops = _end_to_end([(t.tokens, t.parents, t.weights) for _, t in drafts])
-        at = np.array(rows, np.int64)
-        paths, ends = verify_all(tokens, parents, stops, drawn, at)
-        self._learn([seq for seq, _ in drafts], (drawn, at, paths, ends))
-        lengths = np.diff(ends, prepend=0)
-        promised = np.add.reduceat(chances, np.append(0, stops[:-1]))
-        self.num_drafts += len(drafts)
-        self.num_draft_tokens += len(tokens)
+    def settle(self, drawn: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The nodes of the guesses that the model agrees with, of each sequence from the root down, int64, and the
+        stops `[S]` of the sequences' paths. What the model drew after a sequence's last token is at `rows` `[S]` of
+        `drawn`; what it drew after its tree's nodes follows."""
+        of = self.guesses
+        assert of is not None
+        paths, ends = verify_all(of.tokens, of.parents, of.stops, drawn, rows)
+        known = of.columns, of.ends, self._records, of.slots, of.chances, of.stops
+        learn_all(*known, drawn, rows, paths, ends, self._per_position)
+        self.num_drafts += int(np.count_nonzero(np.diff(of.stops, prepend=0)))
+        self.num_draft_tokens += len(of.tokens)
         self.num_accepted_tokens += len(paths)
-        self._per_position += (np.arange(len(self._per_position))[:, None] < lengths).sum(-1)
-        for (seq, _), length, promise in zip(drafts, lengths.tolist(), promised.tolist(), strict=True):
-            seq.belief.learn(length, promise)
-        flat = paths.tolist()
-        return [flat[start:end] for start, end in pairwise([0, *ends.tolist()])]
-
-    def _learn(self, sequences: list[Sequence], said: tuple[np.ndarray, ...]) -> None:
-        """How far each source went along with what was said: see `agree_all`."""
-        sources: list[_Tree] = []
-        learners: list[Agreement] = []
-        counts: list[int] = []
-        for seq in sequences:
-            for tree, agreement in zip(seq.retrieved, seq.agreements, strict=False):
-                if len(tree):
-                    sources.append((tree.tokens, tree.parents, tree.weights))
-                    learners.append(agreement)
-            if seq.drafted is not None:
-                sources.append(seq.drafted)
-                learners.append(seq.draft_agreement)
-            counts.append(len(sources))
-        (tokens, parents, _), stops = _end_to_end(sources)
-        results = agree_all(tokens, parents, stops, np.array(counts, np.int64), *said)
-        for learner, (right, others) in zip(learners, results.tolist(), strict=True):
-            learner.learn(right, float(others))
+        return paths, ends
 
 
 class _Nonsense:
@@ -396,22 +337,34 @@ class _Nonsense:
         return TokenTree(0 * chain, chain - 1, np.ones(num_nodes, np.float32))
 
 
-def _end_to_end(trees: list[_Tree]) -> tuple[_Tree, np.ndarray]:
-    """All trees in one's columns, and where each ends, int64."""
-    tokens, parents, weights = (np.concatenate(column) for column in zip(_NO_TREE, *trees, strict=True))
-    return (tokens, parents, weights), np.cumsum([len(tree[0]) for tree in trees], dtype=np.int64)
+_NO_TREE = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32)
+_NO_DRAFT = Drafted(_NO_TREE, np.empty(0, np.float32), 0.0, 0.0, 0.0)
 
 
-def _checked(tree: TokenTree, vocab_size: int) -> TokenTree:
+def _side_by_side(drafts: list[Drafted | None]) -> tuple[TokenForest, np.ndarray, np.ndarray]:
+    """A draft's trees, and what it holds of any next token, as `fuse_all` takes them."""
+    found = [_NO_DRAFT if draft is None else draft for draft in drafts]
+    width = max(len(draft.scores) for draft in found)
+    scores = np.zeros((len(found), width), np.float32)
+    for row, draft in zip(scores, found, strict=True):
+        row[: len(draft.scores)] = draft.scores
+    factors = np.array([(draft.scale, draft.norm, draft.least) for draft in found])
+    return TokenForest.of([TokenTree(*draft.tree) for draft in found]), scores, factors
+
+
+def _valid(tree: TokenTree, vocab_size: int) -> TokenTree:
     """Raise `ValueError` for a tree that no model can verify."""
     if not len(tree.tokens) == len(tree.parents) == len(tree.weights):
         raise ValueError("a retriever's tree has columns of different lengths.")
-    if not (tree.tokens.dtype == tree.parents.dtype == np.int32 and tree.weights.dtype == np.float32):
-        columns = (np.asarray(tree.tokens, np.int32), np.asarray(tree.parents, np.int32))
-        tree = TokenTree(*columns, np.asarray(tree.weights, np.float32), tree.match_length)
-    if not is_tree(tree.tokens, tree.parents, vocab_size):
+    _checked(TokenForest.of([tree]), vocab_size)
+    return tree
+
+
+def _checked(forest: TokenForest, vocab_size: int) -> TokenForest:
+    """Raise `ValueError` for trees that no model can verify."""
+    if not are_trees(forest.columns, forest.stops, vocab_size):
         raise ValueError(
             "a retriever proposes nodes that stand before their parents, or tokens that a vocabulary of "
             f"{vocab_size} does not have."
         )
-    return tree
+    return forest

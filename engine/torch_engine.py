@@ -30,7 +30,6 @@ from thornback.contracts import (
     Request,
     Retriever,
     SamplingParams,
-    TokenTree,
     WeightView,
 )
 from thornback.engine.block_manager import BlockManager
@@ -45,7 +44,7 @@ from thornback.engine.model_runner import ModelRunner, fresh_seeds
 from thornback.engine.sampler import Sampled
 from thornback.engine.scheduler import Scheduled, Scheduler
 from thornback.engine.sequence import Sequence
-from thornback.engine.speculation import Speculation
+from thornback.engine.speculation import Guesses, Speculation
 from thornback.engine.structured import GrammarCompiler
 from thornback.engine.weights import bind_weights
 
@@ -58,19 +57,20 @@ class _Turn:
 
     seq: Sequence
     row: int
-    draft: TokenTree | None = None
-    end: int = 0  # behind its tokens in the pass, the draft's included
+    num_draft_tokens: int = 0
+    first_node: int = 0  # of its draft, among the tokens of the pass
     at: int = 0  # its first draw
     path: list[int] = field(default_factory=list)  # the draft's nodes that the model agrees with
 
 
-def _draws_of(turns: list[_Turn]) -> np.ndarray:
-    """`draws` of all turns, each of which is told where its own begin."""
-    parents = [NO_PARENTS if turn.draft is None else turn.draft.parents for turn in turns]
-    stops = np.cumsum([len(of) for of in parents], dtype=np.int64)
-    for place, (turn, stop, of) in enumerate(zip(turns, stops.tolist(), parents, strict=True)):
-        turn.at = place + stop - len(of)
-    return draws(np.array([turn.row for turn in turns]), np.concatenate(parents), stops)
+def _draws_of(turns: list[_Turn], parents: np.ndarray) -> np.ndarray:
+    """`draws` of all turns, each of which is told where its own begin. `parents`: of all their drafts' nodes."""
+    at = 0
+    for turn in turns:
+        turn.at = at
+        at += 1 + turn.num_draft_tokens
+    stops = np.cumsum([turn.num_draft_tokens for turn in turns])
+    return draws(np.array([turn.row for turn in turns]), parents, stops)
 
 
 class TorchEngine:
@@ -224,6 +224,7 @@ class TorchEngine:
         """Free a sequence wherever it stands: running, waiting, or behind its first sibling."""
         if seq in self.scheduler.running or seq in self.scheduler.waiting:
             self.scheduler.finish(seq)
+            self.speculation.forget(seq)
         seq.siblings = []
 
     def has_unfinished_requests(self) -> bool:
@@ -241,7 +242,9 @@ class TorchEngine:
             return []
         for item in batch:
             self._take_import(item.seq)
-        logits, first_row = self.runner.forward(batch)
+        guesses = self.speculation.kept(batch)
+        parents = NO_PARENTS if guesses is None else guesses.parents
+        logits, first_row = self.runner.forward(batch, None if guesses is None else guesses.tokens, parents)
         turns: list[_Turn] = []
         first_token = 0  # of an item among the pass's
         for item, row in zip(batch, first_row, strict=True):
@@ -252,38 +255,43 @@ class TorchEngine:
                     last_row += item.num_tokens - 1  # it has a row for each of its tokens
             if self.drafter is not None and self.drafter.reads_hidden:
                 seq.hidden.append((seq.num_computed_tokens, self.runner.hidden, first_token, item.num_tokens))
-                first_token += item.num_tokens + (len(item.draft) if item.draft is not None else 0)
+            first_token += item.num_tokens + item.num_draft_tokens
             seq.num_computed_tokens += item.num_tokens
             if draws:
-                turns.append(_Turn(seq, last_row, item.draft, first_token))
+                turns.append(_Turn(seq, last_row, item.num_draft_tokens, first_token - item.num_draft_tokens))
                 turns += [_Turn(forked, last_row) for forked in (self._fork(seq) if seq.siblings else ())]
         if not turns:
             return []
-        rows, owners, ahead = _draws_of(turns)
+        rows, owners, ahead = _draws_of(turns, parents)
         if len(rows) < len(logits) or (rows != np.arange(len(rows))).any():
             logits = logits[torch.from_numpy(rows).to(logits.device)]
         sampled = self.runner.draw(logits, [turn.seq for turn in turns], owners, ahead, self._grammars)
-        self._settle([turn for turn in turns if turn.draft is not None], sampled.tokens)
+        if guesses is not None:
+            self._settle(guesses, turns, sampled.tokens)
         outputs = [self._advance(turn.seq, [turn.at, *(turn.at + 1 + n for n in turn.path)], sampled) for turn in turns]
         self.speculation.observe(sum(len(output.token_ids) for output in outputs))
         return outputs
 
-    def _settle(self, turns: list[_Turn], drawn: list[int]) -> None:
+    def _settle(self, guesses: Guesses, turns: list[_Turn], drawn: list[int]) -> None:
         """Find the nodes of each draft that the model agrees with; their keys and values move to where they belong."""
-        if not turns:
-            return
-        drafts = [(turn.seq, turn.draft) for turn in turns if turn.draft is not None]
-        paths = self.speculation.settle(drafts, np.array(drawn), [turn.at for turn in turns])
-        size, sources, targets = self.config.block_size, [], []
-        for turn, (seq, draft), path in zip(turns, drafts, paths, strict=True):
-            turn.path, start, table = path, seq.num_computed_tokens, seq.block_table
-            for i, node in enumerate(path):
+        turn_of = {id(turn.seq): turn for turn in turns if turn.num_draft_tokens}
+        ours = [turn_of.get(id(seq)) for seq in guesses.sequences]
+        rows = np.array([0 if turn is None else turn.at for turn in ours])
+        paths, ends = self.speculation.settle(np.array(drawn), rows)
+        size, sources, targets, nodes, begin = self.config.block_size, [], [], paths.tolist(), 0
+        for turn, end in zip(ours, ends.tolist(), strict=True):
+            if end == begin or turn is None:
+                continue
+            seq = turn.seq
+            turn.path, begin = nodes[begin:end], end
+            start, table = seq.num_computed_tokens, seq.block_table
+            for i, node in enumerate(turn.path):
                 if node != i:
                     sources.append(table[(start + node) // size] * size + (start + node) % size)
                     targets.append(table[(start + i) // size] * size + (start + i) % size)
                 if self.drafter is not None and self.drafter.reads_hidden:
-                    seq.hidden.append((start + i, self.runner.hidden, turn.end - len(draft) + node, 1))
-            seq.num_computed_tokens += len(path)
+                    seq.hidden.append((start + i, self.runner.hidden, turn.first_node + node, 1))
+            seq.num_computed_tokens += len(turn.path)
         if sources:
             self.pool.move_tokens(np.array(sources), np.array(targets))
 
@@ -350,6 +358,7 @@ class TorchEngine:
 
     def _finish(self, seq: Sequence) -> None:
         self.scheduler.finish(seq)
+        self.speculation.forget(seq)
         rest = self._sequences[seq.request.request_id]
         rest.remove(seq)
         if not rest:

@@ -50,7 +50,7 @@ def make_engine(
     if "r" in uses:
         retrievers.append(Datastore.open(datastore))
     for retriever in retrievers:
-        retriever.retrieve = _timed(retriever.retrieve, clock, "retrieval")
+        retriever.retrieve_all = _timed(retriever.retrieve_all, clock, "retrieval")
     speculation = SpeculationConfig(num_nodes=num_nodes, adaptive=adaptive, draft=draft if "d" in uses else "")
     config = EngineConfig(num_threads=threads, speculation=speculation if uses else None)
     engine = TorchEngine(model, config, tuple(retrievers))

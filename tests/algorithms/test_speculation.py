@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thornback.algorithms import Agreement, Belief, best_size
+from thornback.algorithms import best_size, record_size
+from thornback.algorithms.speculation import belief, doubt, forget, learn, learn_belief, rate
 
 SIZES = np.array([1, 8, 64, 256])
 
@@ -34,27 +35,29 @@ def test_no_other_size_gives_more(likely, num, steps) -> None:
 
 
 def test_agreement_follows_what_happens_and_recovers() -> None:
-    agreement = Agreement()
-    start = agreement.rate
+    record = np.zeros(record_size(2))
+    start = rate(record, 1)
+    assert doubt(record, 1) == 1
     for _ in range(20):
-        agreement.learn(0, 1.0)
-    assert agreement.rate < 0.3
-    assert agreement.doubt > 2
+        learn(record, 1, 0, 1.0)
+    assert rate(record, 1) < 0.3
+    assert doubt(record, 1) > 2
+    assert rate(record, 0) == start
     for _ in range(40):
-        agreement.forget()
-    assert agreement.rate > 0.85 * start
+        forget(record, 1)
+    assert rate(record, 1) > 0.85 * start
     for _ in range(20):
-        agreement.learn(5, 0.0)
-    assert agreement.rate > 0.9
-    assert agreement.doubt < 0.5 < Agreement().doubt == 1
+        learn(record, 1, 5, 0.0)
+    assert rate(record, 1) > 0.9
+    assert doubt(record, 1) < 0.5
 
 
 def test_promises_that_are_not_kept_are_not_believed() -> None:
-    belief = Belief()
-    assert belief.factor == 1
+    record = np.zeros(record_size(1))
+    assert belief(record) == 1
     for _ in range(20):
-        belief.learn(1, 4.0)
-    assert 0.2 < belief.factor < 0.4
+        learn_belief(record, 1, 4.0)
+    assert 0.2 < belief(record) < 0.4
     for _ in range(40):
-        belief.learn(4, 4.0)
-    assert belief.factor > 0.95
+        learn_belief(record, 4, 4.0)
+    assert belief(record) > 0.95

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
+from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 
-from thornback.contracts import DataError, TokenTree
+from thornback.contracts import BatchRetriever, DataError, TokenForest, TokenTree
 from thornback.data import Datastore, PromptLookup
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 3), min_size=0, max_size=30), max_size=6)
@@ -71,6 +72,19 @@ def test_prompt_lookup_finds_what_came_before(context) -> None:
             longest = match
             break
     assert (paths_of(tree), tree.match_length) == (wanted, longest)
+
+
+@settings(max_examples=100, deadline=None)
+@given(DOCUMENTS, st.lists(st.lists(st.integers(0, 3), max_size=30), min_size=1, max_size=5))
+def test_asked_for_several_contexts_at_once(documents, contexts) -> None:
+    tokens = np.array([token for context in contexts for token in context], np.int64)
+    stops = np.cumsum([len(context) for context in contexts])
+    for retriever in (Datastore.build(documents, 4), PromptLookup()):
+        assert isinstance(retriever, BatchRetriever)
+        forest = retriever.retrieve_all(tokens, stops, 7)
+        alone = TokenForest.of([retriever.retrieve(np.array(context, np.int64), 7) for context in contexts])
+        for got, wanted in zip(astuple(forest), astuple(alone), strict=True):
+            np.testing.assert_array_equal(got, wanted)
 
 
 def test_of_equals_the_shallowest_and_latest_come_first() -> None:
