@@ -10,6 +10,7 @@ from thornback.algorithms.speculation import FORGETTING, best_size, record_size
 from thornback.algorithms.trees import (
     agreement,
     ancestor_bits,
+    calibrated,
     depths,
     fuse,
     is_tree,
@@ -32,6 +33,7 @@ __all__ = [
     "ancestor_bits",
     "are_trees",
     "best_size",
+    "calibrated",
     "choose",
     "depths",
     "fate",

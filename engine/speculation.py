@@ -26,6 +26,7 @@ from thornback.engine.sequence import Sequence
 
 _log = logging.getLogger(__name__)
 _PROMISES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of accepted tokens a sequence, between which passes are compared
+_CALIBRATION = 0.01  # by how much sources' chances are corrected after a tree; not at all where runs are repeatable
 TRIAL_NODES = 4  # of trees that are only tried, to see what a step takes
 _LEAST_PROMISE = 0.05  # accepted tokens a sequence for which a draft looks deeper, where its costs are not measured
 _T = TypeVar("_T")
@@ -85,6 +86,7 @@ class Speculation:
         self._costs = PassCosts()
         self._records = np.zeros((0, record_size(1 + len(retrievers))))  # of sequences, and the rows that are free
         self._free: list[int] = []
+        self._exponents = np.ones(1 + len(retrievers))  # of the sources' chances
         self.guesses: Guesses | None = None  # for the coming pass
         self._loads: dict[int, GuessRate] = {}  # by the number of sequences, in powers of two
         self._load: GuessRate | None = None
@@ -287,7 +289,7 @@ class Speculation:
         starts = np.cumsum([0, *(forest.columns.shape[1] for forest in forests[:-1])])
         ends = np.stack([forest.stops for forest in forests]) + starts[:, None]
         matches = np.stack([forest.match_lengths for forest in forests])
-        known = matches, self._records, slots, scores, factors
+        known = matches, self._records, slots, self._exponents, scores, factors
         limits = config.num_nodes, np.array([self._left(seq) - 1 for seq in sequences])
         return Guesses(sequences, slots, columns, ends, *fuse_all(columns, ends, *known, *limits))
 
@@ -321,7 +323,8 @@ class Speculation:
         of = self.guesses
         assert of is not None
         paths, ends = verify_all(of.tokens, of.parents, of.stops, drawn, rows)
-        known = of.columns, of.ends, self._records, of.slots, of.chances, of.stops
+        step = 0.0 if self._config is not None and self._config.costs else _CALIBRATION
+        known = of.columns, of.ends, self._records, of.slots, self._exponents, step, of.chances, of.stops
         learn_all(*known, drawn, rows, paths, ends, self._per_position)
         self.num_drafts += int(np.count_nonzero(np.diff(of.stops, prepend=0)))
         self.num_draft_tokens += len(of.tokens)
