@@ -17,12 +17,13 @@ _SPAN = 64  # tokens summed at a time before a draw looks inside one span
 @dataclass(slots=True)
 class SamplingBatch:
     """Sampling parameters of B rows, as columns: `temperatures` `[B, 1]` (None: all 1), `greedy` int64 `[B]`; `cut`:
-    the rows of which some tokens are never drawn."""
+    the rows of which some tokens are never drawn. `params` are one a row, or those of `owners` int64 `[B]`."""
 
     params: list[SamplingParams]
     temperatures: Tensor | None
     greedy: Tensor
     cut: list[int]
+    owners: np.ndarray | None = None
 
     @classmethod
     def of(cls, params: list[SamplingParams], device: torch.device | str = "cpu") -> SamplingBatch:
@@ -38,11 +39,15 @@ class SamplingBatch:
         """Rows each of which has the parameters of one of these: `owners` int64 `[R]`."""
         index = torch.from_numpy(owners).to(self.greedy.device)
         return SamplingBatch(
-            [self.params[owner] for owner in owners.tolist()],
-            None if self.temperatures is None else self.temperatures[index],
-            self.greedy[index],
+            self.params,
+            None if self.temperatures is None else self.temperatures.index_select(0, index),
+            self.greedy.index_select(0, index),
             np.flatnonzero(np.isin(owners, self.cut)).tolist() if self.cut else [],
+            owners,
         )
+
+    def of_row(self, row: int) -> SamplingParams:
+        return self.params[row if self.owners is None else self.owners[row]]
 
 
 @dataclass(slots=True)
@@ -79,7 +84,7 @@ def sample(logits: Tensor, batch: SamplingBatch, uniform: np.ndarray, banned: Te
         cut = sorted({*cut, *banned.any(-1).nonzero()[:, 0].tolist()})
     if cut:
         rows = torch.tensor(cut, device=scores.device)
-        left = _truncated(scores[rows], [batch.params[i] for i in cut], None if banned is None else banned[rows])
+        left = _truncated(scores[rows], [batch.of_row(i) for i in cut], None if banned is None else banned[rows])
         tokens[rows] = _pick(left, _span_sums(left), numbers[rows], batch.greedy[rows])
         logprobs[rows] = scores[rows].gather(1, tokens[rows, None])[:, 0] - log_norm[rows]
     return Sampled(tokens.tolist(), logprobs.tolist(), scores, log_norm)
