@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from thornback.engine.attention import PackedBatch
 from thornback.engine.draft_head import DraftHead
+from thornback.engine.packed_attention import PackedBatch
 
 
 def losses(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from thornback.engine.attention import PackedBatch
+from thornback.engine.packed_attention import PackedBatch
 
 _LOGIT_ROWS = 1 << 24  # logits of at most this many numbers are alive at a time
 

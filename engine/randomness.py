@@ -31,7 +31,7 @@ def _numbers(seeds, positions):
 
 @compiled
 def uniform_ahead(seeds, places, owners, ahead):
-    """`positional_uniform` of draws `[R]`: `ahead[r]` places ahead of place `places[owners[r]]` in the stream `seeds[owners[r]]`;
+    """`positional_uniform` of draws `[R]`: `ahead[r]` places ahead of `places[owners[r]]` in the stream of its `seeds`;
     `seeds` uint64 `[S]`, the others int64."""
     return _numbers(seeds[owners], (places[owners] + ahead).astype(np.uint64))
 

@@ -10,9 +10,9 @@ import torch
 
 from thornback.contracts import EngineConfig, KVImport, ModelError, Request, SamplingParams, SpeculationConfig
 from thornback.engine import TorchEngine, generate
-from thornback.engine.attention import PackedBatch
 from thornback.engine.draft_head import DraftHead, load_draft_head
 from thornback.engine.model import load_model
+from thornback.engine.packed_attention import PackedBatch
 
 VOCABULARY = 64
 
