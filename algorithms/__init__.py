@@ -3,7 +3,7 @@
 from thornback.algorithms.advantages import ANCHORED, ESTIMATORS, Advantages, GroupRewards
 from thornback.algorithms.alignment import align_runs, runs_of
 from thornback.algorithms.difficulty import fate
-from thornback.algorithms.forests import are_trees, choose, fuse_all, learn_all, promise_of, verify_all
+from thornback.algorithms.forests import are_trees, choose, fuse_all, join, learn_all, promise_of, sizes_of, verify_all
 from thornback.algorithms.growth import Growth, Level
 from thornback.algorithms.segments import SegmentAllocator
 from thornback.algorithms.speculation import FORGETTING, best_size, record_size
@@ -40,11 +40,13 @@ __all__ = [
     "fuse",
     "fuse_all",
     "is_tree",
+    "join",
     "learn_all",
     "likelihoods",
     "promise_of",
     "record_size",
     "runs_of",
+    "sizes_of",
     "verify",
     "verify_all",
 ]

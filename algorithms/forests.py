@@ -86,6 +86,32 @@ def fuse_all(columns, ends, matches, records, slots, exponents, scores, factors,
 
 
 @compiled
+def join(columns, stops, matches):
+    """The trees of K sources as this module takes them: of tuples of `TokenForest`s' arrays, `columns`, `ends` and the
+    lengths of matches `[K, S]`."""
+    size = 0
+    for part in columns:
+        size += part.shape[1]
+    joined, ends = np.empty((3, size), np.int32), np.empty((len(stops), len(stops[0])), np.int64)
+    lengths, start = np.empty_like(ends), 0
+    for source in range(len(stops)):
+        part = columns[source]
+        joined[:, start : start + part.shape[1]] = part
+        for s in range(ends.shape[1]):
+            ends[source, s], lengths[source, s] = start + stops[source][s], matches[source][s]
+        start += part.shape[1]
+    return joined, ends, lengths
+
+
+@compiled
+def sizes_of(stops):
+    """How many nodes each tree has, int64 `[S]`."""
+    sizes = stops.copy()
+    sizes[1:] -= stops[:-1]
+    return sizes
+
+
+@compiled
 def promise_of(chances, stops, records, slots):
     """The accepted tokens that trees promise, all together."""
     total, start = 0.0, 0

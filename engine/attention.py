@@ -175,16 +175,18 @@ class PagedBatch:
         slots, counts, seen = place(owners, rows, table, layers * 2 * kv_heads * size, size, kv_heads)
         compiled = kernels.usable(pool)
         on_device = not compiled and device_tokens.usable(pool)
-        few = counts < (_FEW if compiled or on_device else 0)
+        most = _FEW if compiled or on_device else 0
+        few = counts < most
+        all_few = int(counts.max()) < most
         direct, groups = None, []
-        if few.any():
+        if all_few or few.any():
             arrays = owners, seen, bases, bits
             tokens = np.arange(len(owners))
-            if not few.all():
+            if not all_few:
                 tokens = tokens[few[owners]]
                 arrays = tuple(array[tokens] for array in arrays)
             direct = PagedTokens(*map(torch.from_numpy, (tokens, *arrays, table)))
-        if not few.all():
+        if not all_few:
             starts = np.cumsum(counts) - counts
             before = rows[np.minimum(starts, len(rows) - 1)]
             classes: dict[tuple[int, int], list[int]] = {}

@@ -44,12 +44,14 @@ def lay_out(counts, before, parents, stops):
 def weave(tokens, counts, wanted, nodes, stops):
     """A pass's tokens int64 `[T]`: of each sequence `counts` `[B]` of the `tokens`, then those of its tree's `nodes`,
     which end at `stops` `[B]`. Also which of them need logits, int64 `[R]`: the last `wanted` `[B]` of a sequence's
-    tokens and all its nodes; and where each sequence's begin among these `[B]`."""
+    tokens and all its nodes; where each sequence's begin among these `[B]`; and its number of tokens, nodes included
+    `[B]`."""
     size = len(tokens) + len(nodes)
     out, rows, first = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(len(counts), np.int64)
     start, node, at, row = 0, 0, 0, 0
+    totals = counts.copy()
     for s in range(len(counts)):
-        first[s] = row
+        first[s], totals[s] = row, counts[s] + stops[s] - node
         for i in range(counts[s]):
             out[at] = tokens[start + i]
             if counts[s] - i <= wanted[s]:
@@ -60,7 +62,7 @@ def weave(tokens, counts, wanted, nodes, stops):
         while node < stops[s]:
             out[at], rows[row] = nodes[node], at
             at, row, node = at + 1, row + 1, node + 1
-    return out, rows[:row], first
+    return out, rows[:row], first, totals
 
 
 @compiled
@@ -77,16 +79,17 @@ def place(owners, rows, table, strides, size, heads):
 
 
 @compiled
-def draws(first, parents, stops):
+def draws(first, parents, counts):
     """Of sequences that draw from row `first` `[S]` of the logits, and from the rows after it for the nodes of their
-    trees, as above: int64 `[3, R]`, each draw's row, its sequence, and how many places ahead of its next one it is."""
+    trees, `counts` `[S]` of them: int64 `[3, R]`, each draw's row, its sequence, and how many places ahead of its next
+    one it is."""
     out = np.zeros((3, len(first) + len(parents)), np.int64)
     start, at = 0, 0
     for s in range(len(first)):
         out[0, at], out[1, at] = first[s], s
-        depth = depths(parents[start : stops[s]])
+        depth = depths(parents[start : start + counts[s]])
         for i in range(len(depth)):
             at += 1
             out[0, at], out[1, at], out[2, at] = first[s] + 1 + i, s, depth[i]
-        start, at = stops[s], at + 1
+        start, at = start + counts[s], at + 1
     return out

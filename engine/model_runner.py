@@ -51,7 +51,6 @@ class ModelRunner:
         self._decoding: list[Sequence] = []  # in the last pass, if it was of one token each
         self._drawing: list[Sequence] = []
 
-    @torch.inference_mode()
     def forward(
         self, batch: list[Scheduled], guessed: np.ndarray | None = None, parents: np.ndarray = NO_PARENTS
     ) -> tuple[Tensor, list[int]]:
@@ -113,13 +112,12 @@ class ModelRunner:
             tokens += seq.token_ids[start : start + n]
             wanted.append(n if seq.prompt_logprobs is not None and start < seq.num_prompt_tokens else int(item.draws))
         counts = np.array([item.num_tokens for item in batch])
-        stops = np.cumsum([item.num_draft_tokens for item in batch])
-        ids, rows, first = weave(np.array(tokens), counts, np.array(wanted, np.int64), guessed, stops)
+        stops = np.array([item.num_draft_tokens for item in batch]).cumsum()
+        ids, rows, first, totals = weave(np.array(tokens), counts, np.array(wanted), guessed, stops)
         self._first_row = first.tolist()
         self._rows = torch.from_numpy(rows).to(self.device)
-        counts += np.diff(stops, prepend=0)
         table = self._tables.of([seq.block_table for seq in sequences])
-        self._paged = PagedBatch.of_trees(self.pool.tensor, counts, np.array(contexts), table, parents, stops)
+        self._paged = PagedBatch.of_trees(self.pool.tensor, totals, np.array(contexts), table, parents, stops)
         all_draw = len(ids) == len(rows) == len(batch)
         self._decoding = sequences if all_draw and not self._paged.groups else []
         return ids
@@ -134,7 +132,6 @@ class ModelRunner:
         if self._program is not None:
             self._program.load()
 
-    @torch.inference_mode()
     def draw(
         self,
         logits: Tensor,

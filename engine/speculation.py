@@ -10,7 +10,18 @@ from typing import TypeVar
 
 import numpy as np
 
-from thornback.algorithms import FORGETTING, are_trees, choose, fuse_all, learn_all, promise_of, record_size, verify_all
+from thornback.algorithms import (
+    FORGETTING,
+    are_trees,
+    choose,
+    fuse_all,
+    join,
+    learn_all,
+    promise_of,
+    record_size,
+    sizes_of,
+    verify_all,
+)
 from thornback.contracts import (
     Retriever,
     SpeculationConfig,
@@ -56,17 +67,17 @@ class Guesses:
 
     def propose(self) -> None:
         """Say to the scheduler how many nodes there are for each sequence."""
-        for seq, count in zip(self.sequences, np.diff(self.stops, prepend=0).tolist(), strict=True):
+        for seq, count in zip(self.sequences, sizes_of(self.stops).tolist(), strict=True):
             seq.num_draft_tokens = count
 
     def keep(self, batch: list[Scheduled]) -> None:
         """Drop the trees for which a pass had no room."""
+        if sum(item.num_draft_tokens for item in batch) == len(self.tokens):
+            return
         found = {id(item.seq) for item in batch if item.num_draft_tokens}
-        counts = np.diff(self.stops, prepend=0)
-        kept = np.array([id(seq) in found for seq in self.sequences], bool)
-        if not kept[counts > 0].all():
-            nodes = np.repeat(kept, counts)
-            self.take(self.tokens[nodes], self.parents[nodes], self.chances[nodes], np.cumsum(counts * kept))
+        kept, counts = np.array([id(seq) in found for seq in self.sequences], bool), sizes_of(self.stops)
+        nodes = np.repeat(kept, counts)
+        self.take(self.tokens[nodes], self.parents[nodes], self.chances[nodes], np.cumsum(counts * kept))
 
 
 class Speculation:
@@ -86,6 +97,7 @@ class Speculation:
         self._costs = PassCosts()
         self._records = np.zeros((0, record_size(1 + len(retrievers))))  # of sequences, and the rows that are free
         self._free: list[int] = []
+        self._nothing = _side_by_side([None])  # a draft that says nothing
         self._exponents = np.ones(1 + len(retrievers))  # of the sources' chances
         self.guesses: Guesses | None = None  # for the coming pass
         self._loads: dict[int, GuessRate] = {}  # by the number of sequences, in powers of two
@@ -283,12 +295,9 @@ class Speculation:
         config: SpeculationConfig,
     ) -> Guesses:
         """What all sources say of each sequence, as one tree."""
-        draft, scores, factors = _side_by_side(drafts or [None] * len(sequences))
-        forests = [draft, *retrieved]
-        columns = np.concatenate([forest.columns for forest in forests], 1)
-        starts = np.cumsum([0, *(forest.columns.shape[1] for forest in forests[:-1])])
-        ends = np.stack([forest.stops for forest in forests]) + starts[:, None]
-        matches = np.stack([forest.match_lengths for forest in forests])
+        draft, scores, factors = _side_by_side(drafts) if drafts else self._without_draft(len(sequences))
+        forests = (draft, *retrieved)
+        columns, ends, matches = join(*zip(*((f.columns, f.stops, f.match_lengths) for f in forests), strict=True))
         known = matches, self._records, slots, self._exponents, scores, factors
         limits = config.num_nodes, np.array([self._left(seq) - 1 for seq in sequences])
         return Guesses(sequences, slots, columns, ends, *fuse_all(columns, ends, *known, *limits))
@@ -296,7 +305,7 @@ class Speculation:
     def _retrieve(self, sequences: list[Sequence], config: SpeculationConfig) -> list[TokenForest]:
         """What each retriever says of all sequences. One that fails a sequence ends its guessing."""
         contexts = [seq.context()[-config.max_lookback :] for seq in sequences]
-        tokens, stops = np.concatenate(contexts), np.cumsum([len(context) for context in contexts])
+        tokens, stops = np.concatenate(contexts), np.array([len(context) for context in contexts]).cumsum()
         forests = []
         for retriever in self._retrievers:
             all_at_once = getattr(retriever, "retrieve_all", None)  # of a `BatchRetriever`
@@ -316,6 +325,11 @@ class Speculation:
             forests.append(TokenForest.of(trees))
         return forests
 
+    def _without_draft(self, num_sequences: int) -> tuple[TokenForest, np.ndarray, np.ndarray]:
+        if len(self._nothing[0].stops) != num_sequences:
+            self._nothing = _side_by_side([None] * num_sequences)
+        return self._nothing
+
     def settle(self, drawn: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The nodes of the guesses that the model agrees with, of each sequence from the root down, int64, and the
         stops `[S]` of the sequences' paths. What the model drew after a sequence's last token is at `rows` `[S]` of
@@ -326,7 +340,7 @@ class Speculation:
         step = 0.0 if self._config is not None and self._config.costs else _CALIBRATION
         known = of.columns, of.ends, self._records, of.slots, self._exponents, step, of.chances, of.stops
         learn_all(*known, drawn, rows, paths, ends, self._per_position)
-        self.num_drafts += int(np.count_nonzero(np.diff(of.stops, prepend=0)))
+        self.num_drafts += int(np.count_nonzero(sizes_of(of.stops)))
         self.num_draft_tokens += len(of.tokens)
         self.num_accepted_tokens += len(paths)
         return paths, ends

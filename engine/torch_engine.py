@@ -69,8 +69,8 @@ def _draws_of(turns: list[_Turn], parents: np.ndarray) -> np.ndarray:
     for turn in turns:
         turn.at = at
         at += 1 + turn.num_draft_tokens
-    stops = np.cumsum([turn.num_draft_tokens for turn in turns])
-    return draws(np.array([turn.row for turn in turns]), parents, stops)
+    counts = np.array([turn.num_draft_tokens for turn in turns])
+    return draws(np.array([turn.row for turn in turns]), parents, counts)
 
 
 class TorchEngine:
@@ -232,6 +232,7 @@ class TorchEngine:
 
     # The step
 
+    @torch.inference_mode()
     def step(self) -> list[Output]:
         self._expire_leases()
         if self._paused:
@@ -246,7 +247,7 @@ class TorchEngine:
         parents = NO_PARENTS if guesses is None else guesses.parents
         logits, first_row = self.runner.forward(batch, None if guesses is None else guesses.tokens, parents)
         turns: list[_Turn] = []
-        first_token = 0  # of an item among the pass's
+        first_token, forked = 0, False  # `first_token`: of an item among the pass's
         for item, row in zip(batch, first_row, strict=True):
             seq, draws, last_row = item.seq, item.draws, row
             if seq.prompt_logprobs is not None:
@@ -259,11 +260,13 @@ class TorchEngine:
             seq.num_computed_tokens += item.num_tokens
             if draws:
                 turns.append(_Turn(seq, last_row, item.num_draft_tokens, first_token - item.num_draft_tokens))
-                turns += [_Turn(forked, last_row) for forked in (self._fork(seq) if seq.siblings else ())]
+                if seq.siblings:
+                    forked = True
+                    turns += [_Turn(sibling, last_row) for sibling in self._fork(seq)]
         if not turns:
             return []
         rows, owners, ahead = _draws_of(turns, parents)
-        if len(rows) < len(logits) or (rows != np.arange(len(rows))).any():
+        if len(rows) != len(logits) or forked:  # else they are all rows, in order
             logits = logits[torch.from_numpy(rows).to(logits.device)]
         sampled = self.runner.draw(logits, [turn.seq for turn in turns], owners, ahead, self._grammars)
         if guesses is not None:
@@ -278,6 +281,7 @@ class TorchEngine:
         ours = [turn_of.get(id(seq)) for seq in guesses.sequences]
         rows = np.array([0 if turn is None else turn.at for turn in ours])
         paths, ends = self.speculation.settle(np.array(drawn), rows)
+        reads_hidden = self.drafter is not None and self.drafter.reads_hidden
         size, sources, targets, nodes, begin = self.config.block_size, [], [], paths.tolist(), 0
         for turn, end in zip(ours, ends.tolist(), strict=True):
             if end == begin or turn is None:
@@ -285,11 +289,12 @@ class TorchEngine:
             seq = turn.seq
             turn.path, begin = nodes[begin:end], end
             start, table = seq.num_computed_tokens, seq.block_table
-            for i, node in enumerate(turn.path):
+            in_place = turn.path[-1] == len(turn.path) - 1
+            for i, node in enumerate(() if in_place and not reads_hidden else turn.path):
                 if node != i:
                     sources.append(table[(start + node) // size] * size + (start + node) % size)
                     targets.append(table[(start + i) // size] * size + (start + i) % size)
-                if self.drafter is not None and self.drafter.reads_hidden:
+                if reads_hidden:
                     seq.hidden.append((start + i, self.runner.hidden, turn.first_node + node, 1))
             seq.num_computed_tokens += len(turn.path)
         if sources:
