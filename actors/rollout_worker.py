@@ -29,8 +29,7 @@ from thornback.contracts import (
 )
 from thornback.data import PromptLookup
 from thornback.engine import Sample, TorchEngine, generate
-
-Costs = tuple[tuple[int, float], ...]
+from thornback.engine.pass_costs import Costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +92,8 @@ class RolloutWorkerCore:
         # What is cached depends on what ran before, and cached or not differs in the last bits: a shard's rollouts
         # shall be a function of the weights and the shard alone.
         self.engine.flush_prefix_cache()
+        if isinstance(self.engine, TorchEngine):
+            self.engine.speculation.start_over()
         self.memory.wait()
         before = self.engine.load().speculation
         trajectories = shard.trajectories or (None,) * len(shard)

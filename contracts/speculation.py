@@ -82,10 +82,11 @@ class SpeculationConfig:
     tokenizer and vocabulary; "": none. Its tree is `draft_depth` tokens deep, and of each level's nodes the
     `draft_top_k` likeliest are looked behind, as many tokens each.
 
-    `costs`: what passes take, as (tokens, seconds), ascending; with 0 tokens, what
-    each sequence adds to that. They are measured at an engine's start, and rates go on being measured, unless they are
-    given here: then a sequence's trees are a function of what was generated and retrieved alone, which makes runs
-    repeatable to the last bit. `max_sequences`: guess only while no more sequences run than that; None: however many.
+    `costs`: what steps that guess take, as (tokens of the pass, seconds), ascending; with 0 tokens, what each sequence
+    adds to that; with -n, what a step of n sequences takes that does not guess (none: all guess). They are measured at
+    an engine's start, and rates go on being measured, unless they are given here: then a sequence's trees are a
+    function of what was generated and retrieved alone, which makes runs repeatable to the last bit. `max_sequences`:
+    guess only while no more sequences run than that; None: however many.
     """
 
     num_nodes: int = 32
@@ -102,7 +103,7 @@ class SpeculationConfig:
             raise ConfigError(f"num_nodes is {self.num_nodes}, but must be between 1 and 63.")
         if self.draft_depth < 1 or self.draft_top_k < 1 or self.draft_depth * self.draft_top_k > 63:
             raise ConfigError("draft_depth times draft_top_k must be between 1 and 63.")
-        passes = [cost for cost in self.costs if cost[0]]
+        passes = [cost for cost in self.costs if cost[0] > 0]
         if self.costs and not (len(passes) > 1 and passes == sorted(passes)):
             raise ConfigError("costs must be two or more pairs (tokens, seconds) that ascend.")
 

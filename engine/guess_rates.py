@@ -6,14 +6,15 @@ import numpy as np
 
 _MEMORY = 0.95  # what an earlier pass weighs in a rate
 _RUN, _PERIOD = 8, 256  # so many passes in a row try the other way, once in so many
+_REST = 64  # steps without a guess after which it is tried again, where what steps take is known
 _TRIALS, _TRY_AGAIN = 4, 48  # so many passes with and without a draft before they are compared; one in so many tries
 
 
 class GuessRate:
     """Whether guessing wins at one load, by what it was seen to win: whatever else it costs is in it."""
 
-    def __init__(self, always: bool = False) -> None:
-        self.drafts = self._always = always
+    def __init__(self) -> None:
+        self.drafts = False
         self._tokens, self._seconds = [0.0, 0.0], [0.0, 0.0]  # without and with guessing
         self._passes = self._since_change = 0
 
@@ -25,8 +26,6 @@ class GuessRate:
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """A pass gave so many tokens in so many seconds; choose the way of the next one."""
-        if self._always:
-            return
         way = int(self.drafts)
         if self._since_change:  # the first after a change has to build what others go on with
             self._tokens[way] = _MEMORY * self._tokens[way] + num_tokens
@@ -40,6 +39,27 @@ class GuessRate:
                 better = not better
             if better != self.drafts:
                 self.drafts, self._since_change = bool(better), 0
+
+
+class KnownRate:
+    """The same where it is known what steps take, so that it depends on nothing else what is guessed: what guessing
+    wins is all that is to be learned, and is tried again some time after it has not won enough."""
+
+    def __init__(self) -> None:
+        self.drafts = True
+        self._tokens = self._seconds = 0.0
+        self._passes = 0
+
+    def observe(self, num_tokens: int, seconds: float, plain_rate: float) -> None:
+        """A step gave so many tokens in so many seconds, where so many tokens a second come without guessing."""
+        self._passes += 1
+        if self.drafts:
+            self._tokens = _MEMORY * self._tokens + num_tokens
+            self._seconds = _MEMORY * self._seconds + seconds
+            if self._passes >= _RUN and self._tokens < plain_rate * self._seconds:
+                self.drafts, self._passes = False, 0
+        elif self._passes == _REST:
+            self.drafts, self._passes, self._tokens, self._seconds = True, 0, 0.0, 0.0
 
 
 class DraftWorth:

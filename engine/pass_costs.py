@@ -15,7 +15,7 @@ _FORGOTTEN = 0.002  # of every correction with every pass, so that sizes that se
 _EXTREMES = 0.5, 4.0  # of corrections: a pass that something else has held up says nothing of its size
 _BETWEEN = np.array([2, 9, 17, 25, 33, 65, 129])  # sizes whose passes are corrected apart begin there
 
-Costs = tuple[tuple[int, float], ...]  # (tokens, seconds), ascending; of 0 tokens: what each sequence adds
+Costs = tuple[tuple[int, float], ...]  # (tokens, seconds): see `SpeculationConfig.costs`
 
 
 class PassCosts:
@@ -30,7 +30,8 @@ class PassCosts:
         """`costs`: what passes cost from now on, whatever they take."""
         self._fixed = bool(costs)
         self._of_sequence = dict(costs).get(0, 0.0)
-        passes = [cost for cost in costs if cost[0]]
+        self._plain = {-n: seconds for n, seconds in costs if n < 0}  # of steps of n sequences that do not guess
+        passes = [cost for cost in costs if cost[0] > 0]
         self.sizes, self._seconds = np.array(passes, float).reshape(-1, 2).T.copy()
         self._corrections: dict[int, np.ndarray] = {}  # by the number of sequences, in powers of two
 
@@ -50,21 +51,36 @@ class PassCosts:
         found._fixed = False
         return found
 
-    def add_overhead(self, steps: dict[int, float], num_nodes: int) -> None:
-        """`steps[n]`: the seconds of a step with n sequences of so many nodes each: what it takes besides its pass."""
+    def add_overhead(self, steps: dict[int, float], plain: dict[int, float], num_nodes: int) -> None:
+        """`steps[n]`: the seconds of a step with n sequences of so many nodes each: what it takes besides its pass.
+        `plain[n]`: of one that does not guess."""
         numbers = np.array(sorted(steps))
         passes = np.interp(numbers * (1 + num_nodes), self.sizes, self._seconds)
         overheads = np.maximum(0.0, [steps[n] for n in numbers] - passes)
         if len(numbers) > 1:
             self._of_sequence = max(0.0, (overheads[-1] - overheads[0]) / (numbers[-1] - numbers[0]))
+        self._plain = dict(plain)
         self._seconds = self._seconds + max(0.0, overheads[0] - numbers[0] * self._of_sequence)
+
+    def plain(self, num_sequences: int) -> float:
+        """Seconds of a step of so many sequences that does not guess; 0 where that is not known."""
+        if not self._plain:
+            return 0.0
+        numbers = sorted(self._plain)
+        beyond = max(1.0, num_sequences / numbers[-1])
+        return beyond * float(np.interp(num_sequences, numbers, [self._plain[n] for n in numbers]))
+
+    def guessed(self, num_sequences: int, num_tokens: int) -> float:
+        """Seconds of a step of so many sequences that guesses, and whose pass has so many tokens."""
+        return float(np.interp(num_tokens, self.sizes, self._seconds)) + num_sequences * self._of_sequence
 
     @property
     def listed(self) -> Costs:
         """As (tokens, seconds), without the corrections."""
+        plain = ((-n, self._plain[n]) for n in sorted(self._plain))
         of_sequence = ((0, self._of_sequence),) if len(self.sizes) else ()
         passes = zip(self.sizes.tolist(), self._seconds.tolist(), strict=True)
-        return (*of_sequence, *((int(n), seconds) for n, seconds in passes))
+        return (*plain, *of_sequence, *((int(n), seconds) for n, seconds in passes))
 
     def of(self, num_sequences: int) -> np.ndarray:
         """Seconds of steps with so many sequences, whose passes have `sizes` tokens."""
@@ -79,8 +95,7 @@ class PassCosts:
         """A step of so many sequences and tokens has taken so long."""
         if self._fixed:
             return
-        expected = np.interp(num_tokens, self.sizes, self._seconds) + num_sequences * self._of_sequence
-        correction = min(max(seconds / expected, _EXTREMES[0]), _EXTREMES[1])
+        correction = min(max(seconds / self.guessed(num_sequences, num_tokens), _EXTREMES[0]), _EXTREMES[1])
         corrections = self._corrections.setdefault(num_sequences.bit_length(), np.ones(len(_BETWEEN) + 1))
         corrections += _FORGOTTEN * (1.0 - corrections)
         place = int(np.searchsorted(_BETWEEN, num_tokens, side="right"))

@@ -30,7 +30,7 @@ from thornback.contracts import (
     TokenTree,
 )
 from thornback.engine.drafter import Drafted, Drafter
-from thornback.engine.guess_rates import DraftWorth, GuessRate
+from thornback.engine.guess_rates import DraftWorth, GuessRate, KnownRate
 from thornback.engine.pass_costs import Costs, PassCosts
 from thornback.engine.scheduler import Scheduled
 from thornback.engine.sequence import Sequence
@@ -100,8 +100,8 @@ class Speculation:
         self._nothing = _side_by_side([None])  # a draft that says nothing
         self._exponents = np.ones(1 + len(retrievers))  # of the sources' chances
         self.guesses: Guesses | None = None  # for the coming pass
-        self._loads: dict[int, GuessRate] = {}  # by the number of sequences, in powers of two
-        self._load: GuessRate | None = None
+        self._loads: dict[int, GuessRate | KnownRate] = {}  # by the number of sequences, in powers of two
+        self._load: GuessRate | KnownRate | None = None
         self._worths: dict[tuple[int, int], DraftWorth] = {}  # by that, and by what retrieval promises
         self._worth: DraftWorth | None = None
         self._started = self._drafting = 0.0  # when a pass began, and how long the draft took in it
@@ -126,30 +126,38 @@ class Speculation:
             return
         self._costs = PassCosts.measure(run, max_tokens)
 
-    def trial(self) -> Speculation | None:
-        """What guesses as this does, but always, and without a draft head, whose time is counted apart: to learn what a
-        step takes besides its pass. None where that is not asked for, or known."""
+    def trials(self) -> tuple[Speculation, Speculation] | None:
+        """What guesses as this does, but always, and without a draft head, whose time is counted apart; and what never
+        guesses: to learn what a step takes besides its pass. None where that is not asked for, or known."""
         if self._config is None or not self._config.adaptive or self._config.costs:
             return None
         config = replace(self._config, adaptive=False, max_sequences=None, num_nodes=TRIAL_NODES)
-        return Speculation(config, (*self._retrievers, _Nonsense()), None, self._max_model_len, self._vocab_size)
+        of_model = self._max_model_len, self._vocab_size
+        always = Speculation(config, (*self._retrievers, _Nonsense()), None, *of_model)
+        return always, Speculation(None, (), None, *of_model)
 
-    def add_overhead(self, steps: dict[int, float]) -> None:
-        """`steps[n]`: the seconds of a step of the `trial` with n sequences, `TRIAL_NODES` nodes each."""
-        self._costs.add_overhead(steps, TRIAL_NODES)
+    def add_overhead(self, steps: dict[int, float], plain: dict[int, float]) -> None:
+        """`steps[n]`: the seconds of a step of the trial with n sequences, `TRIAL_NODES` nodes each; `plain[n]`: of
+        one without."""
+        self._costs.add_overhead(steps, plain, TRIAL_NODES)
 
     @property
     def costs(self) -> Costs:
-        """What passes cost, as (tokens, seconds): given or measured. Empty where nobody asks for it."""
+        """What steps cost, given or measured (`SpeculationConfig.costs`). Empty where nobody asks for it."""
         return self._costs.listed
 
     def fix_costs(self, costs: Costs) -> None:
-        """From now on passes cost this, whatever they take: see `SpeculationConfig.costs`."""
+        """From now on steps cost this, whatever they take: see `SpeculationConfig.costs`."""
         if self._config is not None:
             self._config = replace(self._config, costs=costs)
             self._costs = PassCosts(costs)
-            self._loads.clear()
-            self._worths.clear()
+            self.start_over()
+
+    def start_over(self) -> None:
+        """Forget whether guessing has won: what is guessed for the requests to come is a function of them alone, where
+        costs are given."""
+        self._loads.clear()
+        self._worths.clear()
 
     def propose(self, sequences: list[Sequence]) -> None:
         """Give each sequence whose next pass draws one token the tree to be verified in it, if that is worth it."""
@@ -166,8 +174,7 @@ class Speculation:
         if not self._config.adaptive:
             self._guess(eligible, self._config)
             return
-        repeatable = bool(self._config.costs)
-        load = self._loads.setdefault(0 if repeatable else len(sequences).bit_length(), GuessRate(repeatable))
+        load = self._loads.setdefault(len(sequences).bit_length(), KnownRate() if self._config.costs else GuessRate())
         num_tokens = sum(len(seq.token_ids) - seq.num_computed_tokens for seq in sequences)
         self._load = load if len(sequences) == num_tokens else None  # rates are those of passes that only decode
         self._started, self._drafting = time.perf_counter(), 0.0
@@ -190,7 +197,11 @@ class Speculation:
     def observe(self, num_tokens: int) -> None:
         """The pass that was proposed is over, and gave so many tokens."""
         seconds = time.perf_counter() - self._started
-        if self._load is not None:
+        if isinstance(self._load, KnownRate):
+            plain = self._costs.plain(self._shape[0])
+            if plain:
+                self._load.observe(num_tokens, self._costs.guessed(*self._shape), self._shape[0] / plain)
+        elif self._load is not None:
             if self._worth is None or not self._worth.trying:  # a try says nothing of what is usual
                 self._load.observe(num_tokens, seconds)
             self._costs.observe(*self._shape, seconds - self._drafting)
@@ -240,7 +251,7 @@ class Speculation:
 
     def _drafts(self, num_sequences: int, promise: float, config: SpeculationConfig) -> bool:
         """Whether to ask the draft head, where retrieval promises so many accepted tokens a sequence."""
-        if self._load is None or not config.adaptive or config.costs:
+        if not config.adaptive or not isinstance(self._load, GuessRate):
             return True
         key = (num_sequences.bit_length(), int(np.searchsorted(_PROMISES, promise)))
         self._worth = self._worths.setdefault(key, DraftWorth())
@@ -251,7 +262,7 @@ class Speculation:
         assert self._drafter is not None
         if not config.adaptive:
             return 0.0
-        if self._load is None or config.costs:
+        if not isinstance(self._load, GuessRate):
             return _LEAST_PROMISE * num_sequences
         return self._drafter.level_seconds(num_sequences) * self._load.rate
 

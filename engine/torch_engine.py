@@ -124,25 +124,27 @@ class TorchEngine:
         return max(1, min(wanted, self.config.kv_cache_memory_bytes // block_bytes))
 
     def measure_costs(self) -> tuple[tuple[int, float], ...]:
-        """What passes cost, as (tokens, seconds), measured now unless they are given; empty without speculation.
+        """What steps cost (`SpeculationConfig.costs`), measured now unless they are given; empty without speculation.
 
         It needs an idle engine, and, to be right, an idle machine."""
         if self._sequences:
             raise RuntimeError("Passes are being timed on a busy engine; run its requests to their end first.")
         self.speculation.measure(self.runner.try_pass, self.config.max_num_batched_tokens)
-        trial = self.speculation.trial()
-        if trial is not None:
-            self.speculation, speculation = trial, self.speculation
+        trials = self.speculation.trials()
+        if trials is not None:
+            speculation, tried = self.speculation, [n for n in _TRIED if n <= self.config.max_num_seqs]
+            steps = []
             try:
-                steps = {n: self._try_steps(n) for n in _TRIED if n <= self.config.max_num_seqs}
+                for self.speculation in trials:
+                    steps.append({n: self._try_steps(n) for n in tried})
             finally:
                 self.speculation = speculation
-            self.speculation.add_overhead(steps)
+            self.speculation.add_overhead(*steps)
         self.flush_prefix_cache()  # a pass that is only tried spoils a block
         return self.speculation.costs
 
     def _try_steps(self, num_sequences: int) -> float:
-        """The seconds of a step of so many sequences, of those that take the least."""
+        """The seconds of a step of so many sequences, the median."""
         sampling = SamplingParams(max_tokens=min(_TRIED_TOKENS, self.max_model_len - 1), ignore_eos=True, seed=0)
         for number in range(num_sequences):
             self.add_request(Request(f"trial-{number}", (number % self.shape.vocab_size,), sampling))
@@ -151,7 +153,7 @@ class TorchEngine:
             started = time.perf_counter()
             if len(self.step()) == num_sequences:
                 seconds.append(time.perf_counter() - started)
-        return min(seconds, default=0.0)
+        return float(np.median(seconds)) if seconds else 0.0
 
     # Requests
 

@@ -221,7 +221,9 @@ def test_what_a_step_takes_is_tried_and_leaves_nothing_behind(tiny_model) -> Non
     oracle = Oracle([])
     engine = TorchEngine(tiny_model("qwen3"), EngineConfig(num_threads=1, speculation=SpeculationConfig()), (oracle,))
     assert oracle.asked > 0, "what asking costs is not in it"
-    (nothing, of_sequence), *passes = engine.speculation.costs
+    one, several, (nothing, of_sequence), *passes = engine.speculation.costs
+    assert (one[0], several[0]) == (-1, -8)
+    assert 0 < one[1] < several[1] < 0.1
     assert nothing == 0 <= of_sequence < 0.1
     assert [seconds for _, seconds in passes] == sorted(seconds for _, seconds in passes)
     assert not engine.has_unfinished_requests()
@@ -234,7 +236,8 @@ def test_overhead_is_what_steps_take_beyond_their_passes(tiny_model) -> None:
     config = EngineConfig(num_threads=1, speculation=SpeculationConfig(costs=((0, 2e-3), (1, 1e-3), (64, 8e-3))))
     speculation = TorchEngine(tiny_model("qwen3"), config, (Oracle([]),)).speculation
     assert speculation.costs == config.speculation.costs
-    assert speculation.trial() is None
+    assert speculation.trials() is None
     passes = np.interp([1 + TRIAL_NODES, 8 * (1 + TRIAL_NODES)], [1, 64], [1e-3, 8e-3])
-    speculation.add_overhead({1: passes[0] + 5e-3, 8: passes[1] + 12e-3})  # 4 ms a step and 1 ms a sequence
-    np.testing.assert_allclose(speculation.costs, [(0, 1e-3), (1, 5e-3), (64, 12e-3)])
+    plain = {1: 3e-3, 8: 9e-3}
+    speculation.add_overhead({1: passes[0] + 5e-3, 8: passes[1] + 12e-3}, plain)  # 4 ms a step, 1 ms a sequence
+    np.testing.assert_allclose(speculation.costs, [(-1, 3e-3), (-8, 9e-3), (0, 1e-3), (1, 5e-3), (64, 12e-3)])
