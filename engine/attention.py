@@ -19,7 +19,7 @@ from thornback.contracts import ModelError
 from thornback.engine import device_tokens, kernels
 from thornback.engine.block_tables import BlockTables
 from thornback.engine.device_tokens import DeviceTokens
-from thornback.engine.layout import NO_PARENTS, NO_TREE, lay_out, place
+from thornback.engine.layout import NO_PARENTS, NO_TREE, lay_out, place, stand
 from thornback.engine.packed_attention import PackedBatch, size_class
 from thornback.engine.paged_attention import PagedTokens, paged_attention
 
@@ -154,8 +154,15 @@ class PagedBatch:
     ) -> PagedBatch:
         """The same of arrays: `counts` and `before` `[B]`, `table` `[B, N]`, and the trees' parents, one behind the
         other, up to `stops` `[B]`."""
-        owners, *places = lay_out(counts, before, parents, stops)
-        return cls.of_nodes(pool, owners, table, *places)
+        if kernels.usable(pool) and int(counts.max()) < _FEW:
+            _, layers, _, kv_heads, size, _ = pool.shape
+            strides = layers * 2 * kv_heads * size
+            columns, slots = stand(counts, before, parents, stops, table, strides, size, kv_heads)
+            tokens, owners, lengths, bases, bits, places = torch.from_numpy(columns).unbind()
+            direct = PagedTokens(tokens, owners, lengths, bases, bits, torch.from_numpy(table))
+            return cls(pool, places, torch.from_numpy(slots), [], direct, (columns[5], slots), None)
+        columns = lay_out(counts, before, parents, stops)
+        return cls.of_nodes(pool, columns[0], table, *columns[1:])
 
     @classmethod
     def of_nodes(

@@ -79,6 +79,19 @@ def place(owners, rows, table, strides, size, heads):
 
 
 @compiled
+def stand(counts, before, parents, stops, table, strides, size, heads):
+    """What `lay_out` and `place` say, of sequences of which each brings few tokens, in as few arrays as may be: int64
+    `[6, T]`: the tokens' own numbers, owners, lengths, bases, bits and positions; and the slots."""
+    owners, rows, positions, bases, bits = lay_out(counts, before, parents, stops)
+    slots, _, lengths = place(owners, rows, table, strides, size, heads)
+    out = np.empty((6, len(owners)), np.int64)
+    for t in range(len(owners)):
+        out[0, t], out[1, t], out[2, t] = t, owners[t], lengths[t]
+        out[3, t], out[4, t], out[5, t] = bases[t], bits[t], positions[t]
+    return out, slots
+
+
+@compiled
 def draws(first, parents, counts):
     """Of sequences that draw from row `first` `[S]` of the logits, and from the rows after it for the nodes of their
     trees, `counts` `[S]` of them: int64 `[3, R]`, each draw's row, its sequence, and how many places ahead of its next

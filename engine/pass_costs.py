@@ -31,6 +31,7 @@ class PassCosts:
         self._fixed = bool(costs)
         self._of_sequence = dict(costs).get(0, 0.0)
         self._plain = {-n: seconds for n, seconds in costs if n < 0}  # of steps of n sequences that do not guess
+        self._between: dict[int, float] = {}  # of `plain`, as far as it was asked for
         passes = [cost for cost in costs if cost[0] > 0]
         self.sizes, self._seconds = np.array(passes, float).reshape(-1, 2).T.copy()
         self._corrections: dict[int, np.ndarray] = {}  # by the number of sequences, in powers of two
@@ -59,16 +60,19 @@ class PassCosts:
         overheads = np.maximum(0.0, [steps[n] for n in numbers] - passes)
         if len(numbers) > 1:
             self._of_sequence = max(0.0, (overheads[-1] - overheads[0]) / (numbers[-1] - numbers[0]))
-        self._plain = dict(plain)
+        self._plain, self._between = dict(plain), {}
         self._seconds = self._seconds + max(0.0, overheads[0] - numbers[0] * self._of_sequence)
 
     def plain(self, num_sequences: int) -> float:
         """Seconds of a step of so many sequences that does not guess; 0 where that is not known."""
         if not self._plain:
             return 0.0
-        numbers = sorted(self._plain)
-        beyond = max(1.0, num_sequences / numbers[-1])
-        return beyond * float(np.interp(num_sequences, numbers, [self._plain[n] for n in numbers]))
+        if num_sequences not in self._between:
+            numbers = sorted(self._plain)
+            beyond = max(1.0, num_sequences / numbers[-1])
+            middle = np.interp(num_sequences, numbers, [self._plain[n] for n in numbers])
+            self._between[num_sequences] = beyond * float(middle)
+        return self._between[num_sequences]
 
     def guessed(self, num_sequences: int, num_tokens: int) -> float:
         """Seconds of a step of so many sequences that guesses, and whose pass has so many tokens."""
