@@ -24,7 +24,8 @@ def test_rows_are_what_sequences_hold_now() -> None:
             case 2 if len(held[seq]) > 1:
                 held[seq].pop()
             case _:
-                held = [list(held[i]) for i in rng.permutation(len(held))][: int(rng.integers(1, 4))] + [[5]]
+                kept = rng.permutation(len(held))[: int(rng.integers(1, 4))]
+                held = [*(list(held[i]) for i in kept), [5]]
 
 
 def test_the_array_is_kept_while_it_is_large_enough() -> None:
