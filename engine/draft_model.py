@@ -48,11 +48,12 @@ def block_shapes(target: ModelShape, draft: LoadedDraft | None, block_size: int)
 class DraftModel(Protocol):
     """`pool`: where its keys and values lie, a tensor like the target's with as many blocks. `hidden_size`: of the
     target's hidden states, which it reads beside the tokens; 0: it reads tokens alone. `max_len`: tokens of the longest
-    sequence that it can guess for."""
+    sequence that it can guess for. `program`: runs its passes, if they are compiled."""
 
     pool: Tensor
     hidden_size: int
     max_len: int
+    program: DecoderProgram | None
 
     def run(
         self, token_ids: Tensor, hidden: Tensor | None, rows: Tensor | None, batch: PagedBatch
@@ -76,20 +77,20 @@ class HeadDraft:
     def __init__(self, head: DraftHead, pool: Tensor, max_model_len: int) -> None:
         self.head, self.pool, self.max_len = head, pool, max_model_len
         self.hidden_size = head.config.hidden_size
-        self._program = DecoderProgram.of(head, pool, max_model_len, keep_hidden=True)
+        self.program = DecoderProgram.of(head, pool, max_model_len, keep_hidden=True)
 
     def run(
         self, token_ids: Tensor, hidden: Tensor | None, rows: Tensor | None, batch: PagedBatch
     ) -> tuple[Tensor, Tensor | None]:
         assert hidden is not None, "a head reads hidden states"
-        if self._program is not None:
-            return self._program(token_ids, _every(token_ids) if rows is None else rows, batch, hidden)
+        if self.program is not None:
+            return self.program(token_ids, _every(token_ids) if rows is None else rows, batch, hidden)
         states = self.head(token_ids, hidden, batch.positions, batch)
         return self.head.lm_head(states if rows is None else states[rows]), states
 
     def refresh(self) -> None:
-        if self._program is not None:
-            self._program.load()
+        if self.program is not None:
+            self.program.load()
 
     def copy_block(self, source: int, target: int) -> None:
         pass
@@ -113,18 +114,13 @@ class SmallDraft:
         self._model = model
         self._kv = KVPool(len(beside), shape.block_shape(beside.shape[4]), weight.dtype, weight.device)
         self.pool = self._kv.tensor
-        self._program = DecoderProgram.of(model, self.pool, self.max_len)
-
-    @property
-    def runs_compiled(self) -> bool:
-        """Whether passes run as one program of compiled kernels, not through the model's modules."""
-        return self._program is not None
+        self.program = DecoderProgram.of(model, self.pool, self.max_len)
 
     def run(
         self, token_ids: Tensor, hidden: Tensor | None, rows: Tensor | None, batch: PagedBatch
     ) -> tuple[Tensor, Tensor | None]:
-        if self._program is not None:
-            return self._program(token_ids, _every(token_ids) if rows is None else rows, batch)
+        if self.program is not None:
+            return self.program(token_ids, _every(token_ids) if rows is None else rows, batch)
         found = self._model(
             input_ids=token_ids[None],
             position_ids=batch.positions[None],

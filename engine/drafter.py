@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thornback.algorithms import Growth, Level
+from thornback.algorithms import Growth
 from thornback.contracts import KVImport, SpeculationConfig, WeightView
-from thornback.engine import kernels
 from thornback.engine.attention import PagedBatch
 from thornback.engine.block_manager import BlockManager
+from thornback.engine.block_tables import BlockTables
+from thornback.engine.draft_levels import CompiledLevels, Levels, PlainLevels, likeliest
 from thornback.engine.draft_model import DraftModel, HeadDraft, LoadedDraft, draft_model
+from thornback.engine.layout import NO_PARENTS
 from thornback.engine.sequence import Sequence
 from thornback.engine.weights import bind_weights
 
@@ -54,6 +56,11 @@ class Drafter:
         self.head = self.model.head if isinstance(self.model, HeadDraft) else None  # what can learn from the target
         self.reads_hidden = self.model.hidden_size > 0
         self._config, self._blocks, self._pool = config, blocks, self.model.pool
+        width, program = config.draft_top_k, self.model.program
+        self._levels: Levels = (
+            PlainLevels(self.model, width) if program is None else CompiledLevels(program, self.model.pool, width)
+        )
+        self._tables = BlockTables()
         self._seconds: dict[int, float] = {}  # of a level, by the number of sequences in powers of two
 
     def refresh(self) -> None:
@@ -79,25 +86,23 @@ class Drafter:
             return [None] * len(sequences)
         scales = [1.0 / s.request.sampling.temperature if s.request.sampling.temperature else 1.0 for s in able]
         scale = torch.tensor(scales, dtype=torch.float32, device=self._pool.device)
-        scores, hidden = self._read(able, [len(s.token_ids) for s in able])
-        tokens, chances, norms = self._likeliest(scores, scale)
-        least, norm, scale = chances[:, -1], norms, scale.repeat_interleave(width)
-        growth, pass_of = Growth(len(able), width, depth), LevelPass(self._pool, able, width)
+        lengths, table = [len(s.token_ids) for s in able], self._tables.of([s.block_table for s in able])
+        scores, hidden = self._read(able, lengths, table)
+        tokens, chances, norms = likeliest(scores, scale, width)
+        least = chances[:, -1]
+        growth = Growth(len(able), width, depth)
         growth.add(tokens, chances)
+        self._levels.begin(np.array(lengths), table, scale, hidden)
         for number in range(1, depth):
             started = time.perf_counter()
             level = growth.expand()
             if level.promise.sum() < least_promise:
                 break
-            paged = pass_of(level, number)
-            if hidden is not None:
-                hidden = hidden[self._tensor(level.rows)]
-            logits, hidden = self.model.run(self._tensor(level.tokens), hidden, None, paged)
-            growth.add(*self._likeliest(logits, scale)[:2])
+            growth.add(*self._levels.look(level, number))
             self._took(len(able), time.perf_counter() - started)
         for seq in able:
             self._blocks.trim(seq, len(seq.token_ids))
-        parts = zip(growth.trees(), scores.float().cpu().numpy(), scales, norm.tolist(), least.tolist(), strict=True)
+        parts = zip(growth.trees(), scores.float().cpu().numpy(), scales, norms.tolist(), least.tolist(), strict=True)
         found = dict(zip(able, (Drafted(*part) for part in parts), strict=True))
         return [found.get(s) for s in sequences]
 
@@ -108,16 +113,6 @@ class Drafter:
     def level_seconds(self, num_sequences: int) -> float:
         """What a level of so many trees takes, as of late; 0 before the first."""
         return self._seconds.get(num_sequences.bit_length(), 0.0)
-
-    def _likeliest(self, logits: Tensor, scale: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The likeliest tokens of each row, their probabilities, and the logarithms of the rows' denominators."""
-        width = self._config.draft_top_k
-        if kernels.usable(logits):
-            return tuple(x.numpy() for x in kernels.likeliest(logits, scale, width))
-        scores = logits.float() * scale[:, None]
-        norm = scores.logsumexp(-1)
-        best, tokens = scores.topk(width)
-        return tokens.cpu().numpy(), (best - norm[:, None]).exp().cpu().numpy(), norm.cpu().numpy()
 
     @torch.inference_mode()
     def catch_up(self, seq: Sequence) -> None:
@@ -139,15 +134,20 @@ class Drafter:
             left -= behind
         return near
 
-    def _read(self, sequences: List[Sequence], stops: List[int]) -> tuple[Tensor, Tensor | None]:
+    def _read(
+        self, sequences: List[Sequence], stops: List[int], table: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Read the tokens that the draft has not read, up to `stops`; returns, of each sequence's last one, logits
-        `[B, V]` and guessed hidden states `[B, H]`."""
+        `[B, V]` and guessed hidden states `[B, H]`. `table`: the sequences' blocks, if it is at hand."""
         # The last token is read again where no pass came in between.
         starts = [min(s.num_drafted_tokens, stop - 1) for s, stop in zip(sequences, stops, strict=True)]
         lengths = [stop - start for start, stop in zip(starts, stops, strict=True)]
         hidden = self._hidden(sequences, starts, lengths) if self.reads_hidden else None
-        ids = np.concatenate([s.token_ids[a:b] for s, a, b in zip(sequences, starts, stops, strict=True)])
-        paged = PagedBatch.of(self._pool, lengths, starts, [s.block_table for s in sequences])
+        ids = np.concatenate([s.context()[a:b] for s, a, b in zip(sequences, starts, stops, strict=True)])
+        if table is None:
+            table = self._tables.of([s.block_table for s in sequences])
+        no_trees = NO_PARENTS, np.zeros(len(starts), np.int64)
+        paged = PagedBatch.of_trees(self._pool, np.array(lengths), np.array(starts), table, *no_trees)
         last = self._tensor(np.cumsum(lengths) - 1)
         logits, states = self.model.run(self._tensor(ids), hidden, last, paged)
         for seq, stop in zip(sequences, stops, strict=True):
@@ -155,28 +155,30 @@ class Drafter:
                 seq.block_table[seq.num_drafted_tokens // self._blocks.block_size : stop // self._blocks.block_size]
             )
             seq.num_drafted_tokens = stop
-        return logits, None if states is None else states[last]
+        return logits, None if states is None else states.index_select(0, last)
 
     def _hidden(self, sequences: List[Sequence], starts: List[int], lengths: List[int]) -> Tensor:
         """The target's hidden states before so many tokens of each sequence, `[T, H]`; 0 where they are not known."""
-        size, at = self.model.hidden_size, 0
-        hidden = torch.zeros(sum(lengths), size, dtype=self._pool.dtype, device=self._pool.device)
+        hidden = torch.zeros(sum(lengths), self.model.hidden_size, dtype=self._pool.dtype, device=self._pool.device)
+        moves: dict[int, tuple[Tensor, list[int], list[int]]] = {}  # from rows of a pass's states to rows of these
+        at = 0
         for seq, start, length in zip(sequences, starts, lengths, strict=True):
-            for position, states, row, count in seq.hidden:
+            known = seq.hidden
+            for position, states, row, count in known:
                 to = position + 1 - start  # the state after a token goes with the next one
-                skipped = max(0, -to)
-                count = min(count, length - to)
+                skipped, count = max(0, -to), min(count, length - to)
                 if count > skipped:
-                    hidden[at + to + skipped : at + to + count] = states[row + skipped : row + count]
+                    _, sources, targets = moves.setdefault(id(states), (states, [], []))
+                    sources += range(row + skipped, row + count)
+                    targets += range(at + to + skipped, at + to + count)
             at += length
-            self._keep_from(seq, min(start + length, seq.num_computed_tokens) - 1)
+            # Those before the last token that the target has seen are read for good.
+            stop = min(start + length, seq.num_computed_tokens)
+            while known and known[0][0] + known[0][3] < stop:
+                known.popleft()
+        for states, sources, targets in moves.values():
+            hidden.index_copy_(0, self._tensor(targets), states.index_select(0, self._tensor(sources)))
         return hidden
-
-    def _keep_from(self, seq: Sequence, position: int) -> None:
-        """Drop the hidden states that are read for good: those before token `position`'s."""
-        kept = [(max(position - h[0], 0), *h) for h in seq.hidden if h[0] + h[3] > position]
-        seq.hidden.clear()
-        seq.hidden.extend((first + cut, states, row + cut, count - cut) for cut, first, states, row, count in kept)
 
     def take_import(self, seq: Sequence, kv: KVImport) -> None:
         """Go on where another engine's head was; without a word from it, or with a small model, from the tokens
@@ -192,26 +194,8 @@ class Drafter:
         if not self.reads_hidden:
             return 0, None
         self.catch_up(seq)
-        _, states, row, _ = seq.hidden[-1]
-        return seq.num_drafted_tokens, states[row].float().cpu().numpy()
+        _, states, row, count = seq.hidden[-1]
+        return seq.num_drafted_tokens, states[row + count - 1].float().cpu().numpy()
 
-    def _tensor(self, values: np.ndarray) -> Tensor:
+    def _tensor(self, values: np.ndarray | List[int]) -> Tensor:
         return torch.from_numpy(np.asarray(values, np.int64)).to(self._pool.device)
-
-
-class LevelPass:
-    """Where the nodes of trees stand that a draft grows: behind each sequence, one behind the other, level by level."""
-
-    def __init__(self, pool: Tensor, sequences: List[Sequence], width: int) -> None:
-        self._pool, self._width = pool, width
-        self._lengths = np.array([len(s.token_ids) for s in sequences])
-        self._owners = np.repeat(np.arange(len(sequences)), width)
-        self._table = np.zeros((len(sequences), max(len(s.block_table) for s in sequences)), np.int64)
-        for row, seq in zip(self._table, sequences, strict=True):
-            row[: len(seq.block_table)] = seq.block_table
-
-    def __call__(self, level: Level, number: int) -> PagedBatch:
-        """The pass over level `number`, counted from 1."""
-        rows = np.tile(np.arange(self._width) + level.num_before, len(self._lengths)) + self._lengths[self._owners]
-        arrays = (rows, self._lengths[self._owners] + number - 1, self._lengths[self._owners] - 1, level.bits)
-        return PagedBatch.of_nodes(self._pool, self._owners, self._table, *arrays)

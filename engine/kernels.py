@@ -89,7 +89,8 @@ def draw(scores: Tensor, uniform: Tensor, greedy: Tensor) -> tuple[Tensor, Tenso
 
 
 @Kernel("scores num vocabulary scale k tokens chances norm")
-def _likeliest(args):
+def find_likeliest(args):
+    """See `likeliest`."""
     a = carray(args, 1)[0]
     n, k = a.vocabulary, a.k
     scores, scale, norm = floats(a.scores, a.num, n), floats(a.scale, 1, a.num), floats(a.norm, 1, a.num)
@@ -131,8 +132,8 @@ def likeliest(scores: Tensor, scale: Tensor, k: int) -> tuple[Tensor, Tensor, Te
         scores.new_empty(num, k),
         scores.new_empty(num),
     )
-    _likeliest(scores.numel(), scores.data_ptr(), num, vocabulary, scale.data_ptr(), k, tokens.data_ptr(),
-               chances.data_ptr(), norm.data_ptr())  # fmt: skip
+    find_likeliest(scores.numel(), scores.data_ptr(), num, vocabulary, scale.data_ptr(), k, tokens.data_ptr(),
+                   chances.data_ptr(), norm.data_ptr())  # fmt: skip
     return tokens, chances, norm
 
 

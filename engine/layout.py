@@ -92,6 +92,21 @@ def stand(counts, before, parents, stops, table, strides, size, heads):
 
 
 @compiled
+def lay_level(lengths, table, num_before, number, strides, size, heads, rows, positions, slots, seen, bases):
+    """The same of level `number`, counted from 1, of trees that a draft grows behind sequences of `lengths` `[B]`
+    tokens: their nodes stand behind the `num_before` of earlier levels, as many of each tree. Fills `rows`,
+    `positions`, `seen` and `bases` `[T]`, and `slots` `[T * heads]`."""
+    width = len(rows) // len(lengths)
+    for t in range(len(rows)):
+        tree = t // width
+        row = lengths[tree] + num_before + t % width
+        rows[t], positions[t], seen[t], bases[t] = row, lengths[tree] + number - 1, row + 1, lengths[tree] - 1
+        first = table[tree, row // size] * strides + row % size
+        for head in range(heads):
+            slots[t * heads + head] = first + head * size
+
+
+@compiled
 def draws(first, parents, counts):
     """Of sequences that draw from row `first` `[S]` of the logits, and from the rows after it for the nodes of their
     trees, `counts` `[S]` of them: int64 `[3, R]`, each draw's row, its sequence, and how many places ahead of its next
