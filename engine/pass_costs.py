@@ -69,9 +69,10 @@ class PassCosts:
             return 0.0
         if num_sequences not in self._between:
             numbers = sorted(self._plain)
-            beyond = max(1.0, num_sequences / numbers[-1])
-            middle = np.interp(num_sequences, numbers, [self._plain[n] for n in numbers])
-            self._between[num_sequences] = beyond * float(middle)
+            seconds = float(np.interp(num_sequences, numbers, [self._plain[n] for n in numbers]))
+            if num_sequences > numbers[-1]:  # by as much longer as its pass takes
+                seconds += self.guessed(0, num_sequences) - self.guessed(0, numbers[-1])
+            self._between[num_sequences] = seconds
         return self._between[num_sequences]
 
     def guessed(self, num_sequences: int, num_tokens: int) -> float:

@@ -97,7 +97,8 @@ class Speculation:
         self._costs = PassCosts()
         self._records = np.zeros((0, record_size(1 + len(retrievers))))  # of sequences, and the rows that are free
         self._free: list[int] = []
-        self._nothing = _side_by_side([None])  # a draft that says nothing
+        # A draft that says nothing, of so many sequences.
+        self._nothing: dict[int, tuple[TokenForest, np.ndarray, np.ndarray]] = {}
         self._exponents = np.ones(1 + len(retrievers))  # of the sources' chances
         self.guesses: Guesses | None = None  # for the coming pass
         self._loads: dict[int, GuessRate | KnownRate] = {}  # by the number of sequences, in powers of two
@@ -337,9 +338,9 @@ class Speculation:
         return forests
 
     def _without_draft(self, num_sequences: int) -> tuple[TokenForest, np.ndarray, np.ndarray]:
-        if len(self._nothing[0].stops) != num_sequences:
-            self._nothing = _side_by_side([None] * num_sequences)
-        return self._nothing
+        if num_sequences not in self._nothing:
+            self._nothing[num_sequences] = _side_by_side([None] * num_sequences)
+        return self._nothing[num_sequences]
 
     def settle(self, drawn: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The nodes of the guesses that the model agrees with, of each sequence from the root down, int64, and the

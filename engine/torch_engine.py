@@ -49,6 +49,7 @@ from thornback.engine.structured import GrammarCompiler
 from thornback.engine.weights import bind_weights
 
 _TRIED, _TRIED_TOKENS = (1, 8), 24  # sequences whose steps are tried, and tokens of each
+_ROUNDS, _TRY_SECONDS = 5, 0.5  # as often, but no longer once that is over
 
 
 @dataclass(slots=True)
@@ -132,11 +133,17 @@ class TorchEngine:
         self.speculation.measure(self.runner.try_pass, self.config.max_num_batched_tokens)
         trials = self.speculation.trials()
         if trials is not None:
-            speculation, tried = self.speculation, [n for n in _TRIED if n <= self.config.max_num_seqs]
-            steps = []
+            speculation, numbers = self.speculation, [n for n in _TRIED if n <= self.config.max_num_seqs]
+            steps: tuple[dict[int, float], ...] = ({}, {})
+            started = time.perf_counter()
             try:
-                for self.speculation in trials:
-                    steps.append({n: self._try_steps(n) for n in tried})
+                # Round after round, so that what disturbs the machine for a while does not meet all of them.
+                for number in range(_ROUNDS):
+                    for self.speculation, found in zip(trials, steps, strict=True):
+                        for n in numbers:
+                            found[n] = min(self._try_steps(n), found.get(n, np.inf))
+                    if number and time.perf_counter() - started > _TRY_SECONDS:
+                        break
             finally:
                 self.speculation = speculation
             self.speculation.add_overhead(*steps)

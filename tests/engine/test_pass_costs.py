@@ -55,7 +55,7 @@ def test_a_size_that_seemed_dear_is_tried_again() -> None:
 
 def test_steps_that_do_not_guess_are_told_apart() -> None:
     costs = PassCosts(((-1, 1e-3), (-8, 4.5e-3), *COSTS))
-    np.testing.assert_allclose([costs.plain(n) for n in (1, 3, 8, 16)], [1e-3, 2e-3, 4.5e-3, 9e-3])
+    np.testing.assert_allclose([costs.plain(n) for n in (1, 3, 8, 16)], [1e-3, 2e-3, 4.5e-3, 6.5e-3])
     np.testing.assert_allclose([costs.guessed(2, 8), costs.guessed(1, 12)], [5e-3, 5e-3])
     assert costs.listed == ((-1, 1e-3), (-8, 4.5e-3), *COSTS)
     assert PassCosts(COSTS).plain(3) == 0  # not known
