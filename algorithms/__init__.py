@@ -10,7 +10,6 @@ from thornback.algorithms.speculation import FORGETTING, best_size, record_size
 from thornback.algorithms.trees import (
     agreement,
     ancestor_bits,
-    calibrated,
     depths,
     fuse,
     is_tree,
@@ -33,7 +32,6 @@ __all__ = [
     "ancestor_bits",
     "are_trees",
     "best_size",
-    "calibrated",
     "choose",
     "depths",
     "fate",

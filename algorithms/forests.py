@@ -13,7 +13,7 @@ import numpy as np
 
 from thornback.algorithms.compiled import compiled
 from thornback.algorithms.speculation import belief, best_size, doubt, forget, learn, learn_belief, rate
-from thornback.algorithms.trees import agreement, calibrated, fuse, is_tree, likelihoods, verify
+from thornback.algorithms.trees import agreement, fuse, is_tree, likelihoods, verify
 
 _LIKELY = 0.05  # retrieved branches whose first token a draft thinks so likely stay, whatever its other choices
 _JUDGES = 0.6  # how often a draft must be right to judge what others say
@@ -39,11 +39,10 @@ def _bounds(ends, source, s):
 
 
 @compiled
-def fuse_all(columns, ends, matches, records, slots, exponents, scores, factors, num_nodes, max_depths):
+def fuse_all(columns, ends, matches, records, slots, scores, factors, num_nodes, max_depths):
     """What each sequence's sources say, as one tree (`fuse`). `matches` int64 `[K, S]`: the lengths of retrievals'
     matches, by which and by what is remembered their trees are doubted (`likelihoods`); the draft's weights are chances
-    already. In the place of retrievals' weights `columns` hold their chances afterwards. `exponents` `[K]`: what each
-    source's chances are raised to before they are believed.
+    already.
 
     Where a draft has a tree, and is right often enough, it judges which retrieved branches stay: `scores` `[S, V]` and
     `factors` `[S, 3]` say what it holds of any next token (`scores` times the first, less the second, is the logarithm
@@ -66,7 +65,9 @@ def fuse_all(columns, ends, matches, records, slots, exponents, scores, factors,
             of = columns[0, begin:stop], columns[1, begin:stop], weights[begin:stop]
             to = at + stop - begin
             tokens[at:to], parents[at:to] = of[0], of[1]
-            if source and stop > begin:
+            if source == 0:
+                likely[at:to] = of[2]
+            elif stop > begin:
                 branches = 0
                 if judges:
                     for i in range(begin, stop):
@@ -75,8 +76,7 @@ def fuse_all(columns, ends, matches, records, slots, exponents, scores, factors,
                             first[branches] = np.exp(score)
                             branches += 1
                 known = matches[source, s], doubt(record, source)
-                weights[begin:stop] = likelihoods(*of, *known, first[:branches], min(factors[s, 2], _LIKELY))
-            likely[at:to] = weights[begin:stop] ** np.float32(exponents[source])
+                likely[at:to] = likelihoods(*of, *known, first[:branches], min(factors[s, 2], _LIKELY))
             stops[source] = at = to
         tree = fuse(tokens[:at], parents[:at], likely[:at], stops, num_nodes, max_depths[s])
         begin, end = end, end + len(tree[0])
@@ -166,13 +166,12 @@ def verify_all(tokens, parents, stops, drawn, rows):
 
 
 @compiled
-def learn_all(columns, ends, records, slots, exponents, step, chances, stops, drawn, rows, paths, path_stops, accepted):
+def learn_all(columns, ends, records, slots, chances, stops, drawn, rows, paths, path_stops, accepted):
     """Remember what came of the trees of these sequences, with nodes of the given `chances` up to `stops` `[S]`: of
     each source how far it went along with what was said (`agreement`), and what was accepted of what was promised. What
     was drawn, and which nodes were right, are as in `verify_all`. Those without a tree forget. `accepted` int64: counts
-    how many trees had an i-th node accepted. `exponents` go a `step` to where chances come true (`calibrated`)."""
+    how many trees had an i-th node accepted."""
     first, start, said = 0, 0, np.empty(1, np.int64)
-    chances_of = columns[2].view(np.float32)
     for s in range(len(slots)):
         record, path = records[slots[s]], paths[first : path_stops[s]]
         if stops[s] > start:
@@ -188,7 +187,6 @@ def learn_all(columns, ends, records, slots, exponents, step, chances, stops, dr
                 forget(record, source)
             elif stop > begin:
                 of = columns[0, begin:stop], columns[1, begin:stop]
-                exponents[source] = calibrated(exponents[source], *of, chances_of[begin:stop], said, step)
                 right, others = agreement(*of, said)
                 learn(record, source, right, 1.0 if others else 0.0)
         first, start = path_stops[s], stops[s]

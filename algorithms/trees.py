@@ -136,30 +136,6 @@ def agreement(tokens, parents, said):
 
 
 @compiled
-def calibrated(exponent, tokens, parents, chances, said, step):
-    """The exponent that brings a source's chances, raised to it, nearer to what happens (ours), one `step` further up
-    the likelihood's gradient: an overconfident source's grows above 1. What happened is that the tokens `said` came,
-    one after the other: so far as the tree has them, it is known of each node behind them whether it was right."""
-    node, slope = -1, 0.0
-    for token in said:
-        before, following = 1.0 if node < 0 else chances[node], -1
-        for i in range(node + 1, len(tokens)):
-            if parents[i] != node or not chances[i] > 0:
-                continue
-            logarithm = exponent * np.log(min(chances[i] / before, 0.999))
-            if tokens[i] == token:
-                following = i
-                slope += max(logarithm, -3.0)
-            else:
-                chance = np.exp(logarithm)
-                slope -= chance / (1 - chance) * logarithm
-        if following < 0:
-            break
-        node = following
-    return min(max(exponent * np.exp(step * min(max(slope, -3.0), 3.0)), 0.25), 4.0)
-
-
-@compiled
 def verify(tokens, parents, drawn):
     """The nodes that the target agrees with, from the root down, int64. `drawn` `[1 + N]`: the token that the target
     draws after the last token, and after each node. The output is the drawn tokens along that path, the one after its

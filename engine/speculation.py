@@ -37,7 +37,6 @@ from thornback.engine.sequence import Sequence
 
 _log = logging.getLogger(__name__)
 _PROMISES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of accepted tokens a sequence, between which passes are compared
-_CALIBRATION = 0.01  # by how much sources' chances are corrected after a tree; not at all where runs are repeatable
 TRIAL_NODES = 4  # of trees that are only tried, to see what a step takes
 _LEAST_PROMISE = 0.05  # accepted tokens a sequence for which a draft looks deeper, where its costs are not measured
 _T = TypeVar("_T")
@@ -99,7 +98,6 @@ class Speculation:
         self._free: list[int] = []
         # A draft that says nothing, of so many sequences.
         self._nothing: dict[int, tuple[TokenForest, np.ndarray, np.ndarray]] = {}
-        self._exponents = np.ones(1 + len(retrievers))  # of the sources' chances
         self.guesses: Guesses | None = None  # for the coming pass
         self._loads: dict[int, GuessRate | KnownRate] = {}  # by the number of sequences, in powers of two
         self._load: GuessRate | KnownRate | None = None
@@ -310,7 +308,7 @@ class Speculation:
         draft, scores, factors = _side_by_side(drafts) if drafts else self._without_draft(len(sequences))
         forests = (draft, *retrieved)
         columns, ends, matches = join(*zip(*((f.columns, f.stops, f.match_lengths) for f in forests), strict=True))
-        known = matches, self._records, slots, self._exponents, scores, factors
+        known = matches, self._records, slots, scores, factors
         limits = config.num_nodes, np.array([self._left(seq) - 1 for seq in sequences])
         return Guesses(sequences, slots, columns, ends, *fuse_all(columns, ends, *known, *limits))
 
@@ -349,8 +347,7 @@ class Speculation:
         of = self.guesses
         assert of is not None
         paths, ends = verify_all(of.tokens, of.parents, of.stops, drawn, rows)
-        step = 0.0 if self._config is not None and self._config.costs else _CALIBRATION
-        known = of.columns, of.ends, self._records, of.slots, self._exponents, step, of.chances, of.stops
+        known = of.columns, of.ends, self._records, of.slots, of.chances, of.stops
         learn_all(*known, drawn, rows, paths, ends, self._per_position)
         self.num_drafts += int(np.count_nonzero(sizes_of(of.stops)))
         self.num_draft_tokens += len(of.tokens)

@@ -13,7 +13,6 @@ from thornback.algorithms import (
     agreement,
     are_trees,
     best_size,
-    calibrated,
     choose,
     fuse_all,
     learn_all,
@@ -28,7 +27,6 @@ from thornback.contracts import TokenForest, TokenTree
 
 SIZES, SECONDS = np.array([1.0, 8.0, 64.0]), np.array([1.0, 1.5, 9.0])
 SOURCES, VOCABULARY = 3, 4
-EXPONENTS = np.array([1.3, 1.0, 0.8])
 EMPTY = (np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 
 
@@ -70,7 +68,7 @@ def parts(columns, stops):
 def fused_all(drawn, num_nodes=10, max_depth=4):
     sources, records, slots, scores, factors = drawn
     depths = np.full(len(slots), max_depth)
-    return fuse_all(*together(sources), records, slots, EXPONENTS, scores, factors, num_nodes, depths)
+    return fuse_all(*together(sources), records, slots, scores, factors, num_nodes, depths)
 
 
 @given(forests())
@@ -87,7 +85,7 @@ def test_fusion(drawn) -> None:
                 known = of[s].match_length, doubt(record, source)
                 judged = first if judges else first[:0]
                 weights = likelihoods(tokens, parents, weights, *known, judged, min(factors[s, 2], 0.05))
-            trees.append((tokens, parents, weights ** np.float32(EXPONENTS[source])))
+            trees.append((tokens, parents, weights))
         for mine, alone in zip(found, fused(*trees, num_nodes=10, max_depth=4), strict=True):
             np.testing.assert_allclose(mine, alone, rtol=1e-5)
 
@@ -129,9 +127,8 @@ def test_what_was_said_is_verified_and_learned_from(drawn, data) -> None:
     rows = 2 + np.cumsum([0, *lengths[:-1]])  # behind those of others
     paths, ends = verify_all(tokens, parents, stops, said, rows)
     columns, places, _ = together(sources)
-    columns[2] = (columns[2].view(np.float32) / max(columns[2].view(np.float32).max(initial=1), 1)).view(np.int32)
-    known, accepted, exponents, moved = records.copy(), np.zeros(10, np.int64), EXPONENTS.copy(), EXPONENTS.copy()
-    learn_all(columns, places, known, slots, moved, 0.1, chances, stops, said, rows, paths, ends, accepted)
+    known, accepted = records.copy(), np.zeros(10, np.int64)
+    learn_all(columns, places, known, slots, chances, stops, said, rows, paths, ends, accepted)
     every = parts((tokens, parents, chances), stops)
     counts = np.zeros(10, np.int64)
     for s, ((t, p, c), (path,)) in enumerate(zip(every, parts((paths,), ends), strict=True)):
@@ -145,14 +142,10 @@ def test_what_was_said_is_verified_and_learned_from(drawn, data) -> None:
                 forget(record, source)
             elif len(trees[s]):
                 of, heard = (trees[s].tokens, trees[s].parents), of_this[np.append(0, path + 1)]
-                begin = places[source, s] - len(trees[s])
-                weights = columns[2, begin : places[source, s]].view(np.float32)
-                exponents[source] = calibrated(exponents[source], *of, weights, heard, 0.1)
                 right, others = agreement(*of, heard)
                 learn(record, source, right, float(others))
         np.testing.assert_allclose(known[slots[s]], record, rtol=1e-6)
     np.testing.assert_array_equal(accepted, counts)
-    np.testing.assert_allclose(moved, exponents)
     untouched = np.setdiff1d(np.arange(len(records)), slots)
     np.testing.assert_array_equal(known[untouched], records[untouched])
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thornback.algorithms import agreement, ancestor_bits, calibrated, depths, fuse, likelihoods, verify
+from thornback.algorithms import agreement, ancestor_bits, depths, fuse, likelihoods, verify
 
 ALL = 1 << 20
 NOTHING = np.empty(0, np.float32)
@@ -159,17 +159,3 @@ def test_a_node_sees_its_ancestors_and_itself(trie) -> None:
 def test_a_tree_that_is_too_large_is_refused() -> None:
     with pytest.raises(ValueError, match="more nodes than the 63"):
         ancestor_bits(np.arange(64) - 1)
-
-
-@pytest.mark.parametrize("truth", [0.7, 1.0, 1.5])
-def test_chances_are_raised_to_what_makes_them_come_true(truth) -> None:
-    """Trees whose nodes are right with the `truth`-th power of the chances that they claim."""
-    rng, exponent, seen = np.random.default_rng(0), 1.0, []
-    claimed = np.array([0.3, 0.2, 0.05], np.float32)
-    tokens, parents = np.array([0, 1, 2, 0, 1, 2], np.int32), np.array([-1, -1, -1, 0, 0, 0], np.int32)
-    chances = np.concatenate([claimed, claimed[0] * claimed])
-    for _ in range(6000):
-        said = np.searchsorted(np.cumsum(claimed**truth), rng.random(2))  # 3: none of them
-        exponent = calibrated(exponent, tokens, parents, chances, said, 0.01)
-        seen.append(exponent)
-    assert np.mean(seen[2000:]) == pytest.approx(truth, rel=0.1)
