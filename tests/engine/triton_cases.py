@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.engine.passes import Case, drawn_pass, tree
 from tests.engine.test_speculation import compare, requests_of
 from thornback.contracts import EngineConfig, Request, SamplingParams, SpeculationConfig
 from thornback.engine import TorchEngine, decoder_program, device_tokens, generate, kernels, triton_attention
@@ -28,65 +28,14 @@ def no_compiled_kernels(monkeypatch):
     monkeypatch.setattr(decoder_program, "_MAX_PACKED", 0)
 
 
-@dataclass
-class Case:
-    """Sequences of some `contexts` and new tokens, the last of which may be a tree's nodes."""
-
-    contexts: list[int]
-    lengths: list[int]
-    trees: dict[int, np.ndarray]
-    heads: int = 4
-    kv_heads: int = 2
-    width: int = 16
-    size: int = 16
-    window: int | None = None
-    dtype: torch.dtype = torch.float32
-    shares: int = 0
-
-
-def tree(rng: np.random.Generator, nodes: int) -> np.ndarray:
-    return np.array([rng.integers(-1, node) for node in range(nodes)], np.int32)
-
-
-def seen(case: Case, sequence: int, row: int) -> list[int]:
-    """The rows of a sequence whose keys the token at `row` sees, by its ancestors."""
-    parents = case.trees.get(sequence, np.empty(0, np.int32))
-    root = case.contexts[sequence] + case.lengths[sequence] - len(parents) - 1
-    rows = list(range(min(row, root) + 1))
-    node = row - root - 1
-    while node >= 0:
-        rows.append(root + 1 + node)
-        node = parents[node]
-    return [key for key in rows if case.window is None or key > row - case.window]
-
-
 def check(case: Case, rng: np.random.Generator) -> None:
-    generator = torch.Generator().manual_seed(int(rng.integers(1 << 30)))
-    blocks = [-(-(c + n) // case.size) for c, n in zip(case.contexts, case.lengths, strict=True)]
-    shape = (sum(blocks) + 1, 2, 2, case.kv_heads, case.size, case.width)
-    pool = torch.randn(shape, generator=generator).to(case.dtype)
-    order = iter(rng.permutation(sum(blocks)) + 1)
-    tables = [[int(next(order)) for _ in range(count)] for count in blocks]
-    batch = PagedBatch.of(pool, case.lengths, case.contexts, tables, case.trees)
+    query, pool, batch, wanted = drawn_pass(case, rng)
     assert batch.on_device is not None
     assert not batch.groups
-    total = sum(case.lengths)
-    apart = torch.randn(case.heads + 1, total + 3, case.width, generator=generator)  # heads and tokens lie apart
-    query = apart.to(case.dtype).transpose(0, 1)[:total, : case.heads]
-    out = torch.full((total, case.heads, case.width), 7.0, dtype=case.dtype)
+    out = torch.full(wanted.shape, 7.0, dtype=case.dtype)
     triton_attention.paged_attention(query, pool, 1, batch.on_device, case.window, 0.3, out, case.shares)
-    group, token = case.heads // case.kv_heads, 0
-    for sequence, (context, length) in enumerate(zip(case.contexts, case.lengths, strict=True)):
-        keys, values = (
-            pool[tables[sequence], 1].double().permute(1, 2, 0, 3, 4).flatten(2, 3).repeat_interleave(group, 1)
-        )
-        for row in range(context, context + length):
-            rows = seen(case, sequence, row)
-            weights = (torch.einsum("hd,hsd->hs", query[token].double(), keys[:, rows]) * 0.3).softmax(-1)
-            wanted = torch.einsum("hs,hsd->hd", weights, values[:, rows])
-            error = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}[case.dtype]
-            torch.testing.assert_close(out[token].double(), wanted, atol=error, rtol=error)
-            token += 1
+    error = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}[case.dtype]
+    torch.testing.assert_close(out.double(), wanted, atol=error, rtol=error)
 
 
 @pytest.mark.parametrize(
