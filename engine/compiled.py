@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 
 # Sums may be taken in any order and products fused; infinities and NaN keep their meaning.
 OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
-_SOURCES = ("compiled", "vectors", "kernels", "paged_attention", "products")
+_SOURCES = ("compiled", "vectors", "kernels", "attention_steps", "paged_attention", "products")
 _SMALL = 1 << 15  # numbers below which one thread is done before several have begun
 _PATIENCE = 1 << 10  # turns that a thread waits for others before it offers its core to somebody
 _FLOATS = ("scaling", "epsilon")

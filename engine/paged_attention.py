@@ -7,22 +7,17 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, float32, types
-from numba.extending import intrinsic
+from numba import carray, njit
 from torch import Tensor
 
-from thornback.engine.compiled import Compiled, Kernel, fetch, floats, integers, next_task
-from thornback.engine.vectors import LANES, exponentials, load, multiply_add, splat, store
+from thornback.engine.attention_steps import add_values, hide, highest, lanes_of, products, weigh
+from thornback.engine.compiled import OPTIONS, Compiled, Kernel, fetch, floats, integers, next_task
+from thornback.engine.vectors import LANES
 
 NO_WINDOW = 1 << 40
-_NEIGHBOURS = 8  # tokens whose attention one thread computes block by block: a block they share is read once
-_SUMS = 24  # vectors that fit into registers
-
-
-def _lanes(width: int) -> int:
-    """How many numbers of a row a vector holds: a power of two that divides the row."""
-    return min(LANES, width & -width)
+_NEIGHBOURS = 8  # tokens whose attention one thread computes at a time: a block they share is read once
+_AHEAD = 4096  # bytes of the next block that are asked for while one is worked on
+_SPAN = 256  # keys whose scores it keeps at a time: with the queries and a block they fit into the nearest cache
 
 
 @dataclass(slots=True)
@@ -39,89 +34,68 @@ class PagedTokens:
     tables: Tensor
 
 
-@intrinsic(prefer_literal=True)
-def _products(context, query, keys, last, out, width):
-    """Products of one query with as many keys as a vector has lanes, in `keys` one after the other; those behind the
-    last are that again."""
-    size = width.literal_value
-    lanes = _lanes(size)
-
-    def generate(context, builder, signature, args):
-        query, keys, last, out, _ = args
-        i64, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), lanes)
-        parts = [load(builder, vector, query, part * 4) for part in range(0, size, lanes)]
-        sums = []
-        for number in range(lanes):
-            real = builder.select(builder.icmp_signed("<", i64(number), last), i64(number), last)
-            key = builder.add(keys, builder.mul(real, i64(size * 4)))
-            total = ir.Constant(vector, None)
-            for i, part in enumerate(parts):
-                total = multiply_add(builder, part, load(builder, vector, key, i * lanes * 4), total)
-            sums.append(total)
-        # Each step adds the halves of all vectors and packs two results into one, until a lane is a key.
-        segment = lanes
-        while segment > 1:
-            low = [start + i for start in range(0, 2 * lanes, segment) for i in range(segment // 2)]
-            pick = [
-                ir.Constant(ir.VectorType(ir.IntType(32), lanes), [i + half for i in low]) for half in (0, segment // 2)
-            ]
-            sums = [
-                builder.fadd(*(builder.shuffle_vector(a, b, p) for p in pick))
-                for a, b in zip(sums[::2], sums[1::2], strict=True)
-            ]
-            segment //= 2
-        store(builder, sums[0], out, 0)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, types.int64, width), generate
-
-
-@intrinsic(prefer_literal=True)
-def _add_values(context, weights, values, start, stop, sums, width, group, stride):
-    """Add the rows `start` to `stop - 1` of `values` to each row of `sums` `[group, width]`, by its own weights."""
-    size, rows, step = (literal.literal_value for literal in (width, group, stride))
-    lanes = _lanes(size)
-
-    def generate(context, builder, signature, args):
-        weights, values, start, stop, sums = args[:5]
-        i64, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), lanes)
-        together = max(1, min(rows, _SUMS * lanes // size))
-        places = [(row, part) for row in range(rows) for part in range(0, size, lanes)]
-        for some in (places[i : i + together * size // lanes] for i in range(0, len(places), together * size // lanes)):
-            before = builder.block
-            loop, done = builder.append_basic_block("tokens"), builder.append_basic_block("done")
-            initial = [load(builder, vector, sums, (row * size + part) * 4) for row, part in some]
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            t, totals = builder.phi(i64), [builder.phi(vector) for _ in some]
-            value = builder.add(values, builder.mul(t, i64(size * 4)))
-            weight = builder.add(weights, builder.mul(t, i64(4)))
-            parts = {part: load(builder, vector, value, part * 4) for part in {part for _, part in some}}
-            factors = {row: splat(builder, vector, weight, row * step * 4) for row in {row for row, _ in some}}
-            results = [
-                multiply_add(builder, factors[row], parts[part], total)
-                for (row, part), total in zip(some, totals, strict=True)
-            ]
-            following = builder.add(t, i64(1))
-            builder.cbranch(builder.icmp_signed("<", following, stop), loop, done)
-            t.add_incoming(start, before)
-            t.add_incoming(following, loop)
-            for total, first, result in zip(totals, initial, results, strict=True):
-                total.add_incoming(first, before)
-                total.add_incoming(result, loop)
-            builder.position_at_end(done)
-            for (row, part), result in zip(some, results, strict=True):
-                store(builder, result, sums, (row * size + part) * 4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5, width, group, stride), generate
+@njit(**OPTIONS)
+def _seen(start, stop, base, bits):
+    """Of the keys from 0 on, of which a token sees those from `start` to `stop - 1`, but from `base` on only the ones
+    whose bit is set in `bits`: those it sees, as bits, of which `LANES` count."""
+    seen = -1 << max(0, min(start, 63))
+    if stop < LANES:
+        seen &= (1 << max(0, stop)) - 1
+    if base <= 0:
+        seen &= bits >> min(-base, 63)
+    elif base < LANES:
+        seen &= bits << base | (1 << base) - 1
+    return seen
 
 
 @functools.cache
 def attention_kernel(heads: int, kv_heads: int, width: int, size: int) -> Compiled:
-    """Compiled for one shape of heads and blocks: what is constant stays in registers."""
-    group, lanes = heads // kv_heads, _lanes(width)
-    room = -(-size // lanes) * lanes
+    """Compiled for one shape of heads and blocks: what is constant stays in registers.
+
+    A task is one head of keys for some neighbouring tokens. It takes their contexts span by span: first all scores of
+    a span, a block's keys once for all the tokens that see it; then each token's softmax over the span; then the values
+    by their weights. Where spans and vectors begin is a matter of places in a context, and what a token does not see
+    weighs 0: its result is the same, to the last bit, whatever tokens stand beside it.
+    """
+    group, lanes = heads // kv_heads, lanes_of(width)
+    most, side = _NEIGHBOURS * group, kv_heads * size * width * 4
+    span = max(1, _SPAN // size) * size
+    room = -(-span // LANES) * LANES + LANES  # a block's last scores are a vector, too
+
+    @njit(**OPTIONS)
+    def ask(address):
+        """Ask for a block's keys or values: pages of memory are no neighbours, so that the CPU would not by itself."""
+        for line in range(0, min(size * width * 4, _AHEAD), 64):
+            fetch(address + line)
+
+    @njit(**OPTIONS)
+    def score(queries, num, keys, start, stop, out):
+        """Products of `num` queries with a block's keys `start` to `stop - 1`, and some more."""
+        for t in range(start // lanes * lanes, stop, lanes):
+            last, row = size - 1 - t, 0
+            while row < num:
+                at, to = queries + row * width * 4, out + (row * room + t) * 4
+                if num - row > 1:
+                    products(at, keys + t * width * 4, last, to, 2, width, room)
+                else:
+                    products(at, keys + t * width * 4, last, to, 1, width, room)
+                row += 2
+
+    @njit(**OPTIONS)
+    def collect(weights, num, values, start, stop, sums):
+        """Add a block's values to `num` rows of sums."""
+        row = 0
+        while row < num:
+            at, to = weights + row * room * 4, sums + row * width * 4
+            if num - row >= 4:
+                add_values(at, values, start, stop, to, 4, width, room)
+                row += 4
+            elif num - row >= 2:
+                add_values(at, values, start, stop, to, 2, width, room)
+                row += 2
+            else:
+                add_values(at, values, start, stop, to, 1, width, room)
+                row += 1
 
     @Kernel(
         "query query_stride out num_tokens pool pool_rows layer_row block_rows "
@@ -129,15 +103,16 @@ def attention_kernel(heads: int, kv_heads: int, width: int, size: int) -> Compil
     )
     def attend(args):
         a = carray(args, 1)[0]
-        num, window, scaling, block_rows, layer_row = a.num, a.window, a.scaling, a.block_rows, a.layer_row
+        num, window, scaling = a.num, a.window, a.scaling
         out, tables = floats(a.out, a.num_tokens, heads * width), integers(a.tables, a.num_tables, a.max_blocks)
-        tokens, owners, lengths = integers(a.tokens, 1, num), integers(a.owners, 1, num), integers(a.lengths, 1, num)
-        bases, bits = integers(a.bases, 1, num), integers(a.bits, 1, num)
-        peak = np.empty(_NEIGHBOURS * group, np.float32)
-        total = np.empty(_NEIGHBOURS * group, np.float32)
-        sums = np.empty((_NEIGHBOURS * group, width), np.float32)
-        scores = np.empty((group, room), np.float32)
-        to_sums, to_scores = sums.ctypes.data, scores.ctypes.data
+        tokens, owners = integers(a.tokens, 1, num)[0], integers(a.owners, 1, num)[0]
+        lengths, bases = integers(a.lengths, 1, num)[0], integers(a.bases, 1, num)[0]
+        bits = integers(a.bits, 1, num)[0]
+        peak, total = np.empty(most, np.float32), np.empty(most, np.float32)
+        queries, sums = np.empty((most, width), np.float32), np.empty((most, width), np.float32)
+        scores = np.empty((most, room), np.float32)
+        runs = np.empty((span // size * _NEIGHBOURS, 6), np.int64)
+        to_queries, to_sums, to_scores = queries.ctypes.data, sums.ctypes.data, scores.ctypes.data
         while True:
             task = next_task(args)
             first, head = task // kv_heads * _NEIGHBOURS, task % kv_heads
@@ -147,47 +122,59 @@ def attention_kernel(heads: int, kv_heads: int, width: int, size: int) -> Compil
             peak[:], total[:], sums[:] = -np.inf, 0, 0
             longest = 0
             for s in range(first, last):
-                longest = max(longest, lengths[0, s])
-            for j in range((longest + size - 1) // size):
+                longest = max(longest, lengths[s])
+                query = floats(a.query + (tokens[s] * a.query_stride + head * group * width) * 4, group, width)
+                for g in range(group):
+                    for i in range(width):
+                        queries[(s - first) * group + g, i] = query[g, i] * scaling
+            pool = a.pool + (a.layer_row + head * size) * width * 4
+            for base in range(0, longest, span):
+                # Runs of neighbours that see the same block.
+                num_runs = 0
+                for place in range(0, min(span, longest - base), size):
+                    before = -1
+                    for s in range(first, last):
+                        start = max(0, lengths[s] - window - base - place)
+                        stop = min(size, lengths[s] - base - place)
+                        if start >= stop:
+                            before = -1
+                            continue
+                        block = tables[owners[s], (base + place) // size]
+                        if block == before:
+                            run = runs[num_runs - 1]
+                            run[2], run[3], run[4] = s + 1, min(run[3], start), max(run[4], stop)
+                        else:
+                            run = runs[num_runs]
+                            run[0], run[1], run[2], run[3], run[4] = place, s, s + 1, start, stop
+                            run[5] = pool + block * a.block_rows * width * 4
+                            num_runs += 1
+                            before = block
+                for i in range(num_runs):
+                    place, left, right, start, stop, keys = runs[i]
+                    row, rows = (left - first) * group, (right - left) * group
+                    to = to_scores + (row * room + place) * 4
+                    ask(runs[i + 1, 5] if i + 1 < num_runs else runs[0, 5] + side)
+                    score(to_queries + row * width * 4, rows, keys, start, stop, to)
                 for s in range(first, last):
-                    start, stop = max(0, lengths[0, s] - window - j * size), min(size, lengths[0, s] - j * size)
+                    start, stop = max(0, lengths[s] - window - base), min(span, lengths[s] - base)
                     if start >= stop:
                         continue
-                    row = layer_row + head * size
-                    keys = a.pool + (tables[owners[0, s], j] * block_rows + row) * width * 4
-                    values = keys + kv_heads * size * width * 4
-                    if stop == size and lengths[0, s] > (j + 1) * size:
-                        ahead = tables[owners[0, s], j + 1]
-                        if s == first or ahead != tables[owners[0, s - 1], j + 1]:
-                            at = a.pool + (ahead * block_rows + row) * width * 4
-                            for line in range(0, size * width * 4, 64):
-                                fetch(at + line)
-                                fetch(at + kv_heads * size * width * 4 + line)
-                    query = a.query + (tokens[0, s] * a.query_stride + head * group * width) * 4
-                    for g in range(group):
-                        of = scores[g]
-                        for t in range(start // lanes * lanes, stop, lanes):
-                            to = to_scores + (g * room + t) * 4
-                            _products(query + g * width * 4, keys + t * width * 4, size - 1 - t, to, width)
-                        if start > 0 or stop < room:
-                            for t in range(room):
-                                if t < start or t >= stop:
-                                    of[t] = -np.inf
-                        guessed = bases[0, s] - j * size
-                        for t in range(max(start, guessed), stop):
-                            if not bits[0, s] >> (t - guessed) & 1:
-                                of[t] = -np.inf
-                        row = (s - first) * group + g
+                    low, high = start // size * size // LANES * LANES, -(-stop // size) * size
+                    num_scores = -(-(high - low) // LANES) * LANES
+                    clear, t = min(stop, bases[s] - base), low
+                    while t < high:
+                        if start <= t and t + LANES <= clear:
+                            t = clear // LANES * LANES
+                            continue
+                        seen = _seen(start - t, stop - t, bases[s] - base - t, bits[s])
+                        for row in range((s - first) * group, (s - first + 1) * group):
+                            hide(to_scores + (row * room + t) * 4, seen)
+                        t += LANES
+                    for row in range((s - first) * group, (s - first + 1) * group):
+                        at = to_scores + (row * room + low) * 4
                         before = peak[row]
-                        top = before
-                        for t in range(room):
-                            top = max(top, of[t] * scaling)
-                        for t in range(room):
-                            of[t] = of[t] * scaling - top
-                        exponentials(of)
-                        weight = float32(0)
-                        for t in range(room):
-                            weight += of[t]
+                        top = max(before, highest(at, num_scores))
+                        weight = weigh(at, num_scores, top)
                         if top > before:
                             shrink = np.exp(before - top)
                             peak[row] = top
@@ -195,14 +182,18 @@ def attention_kernel(heads: int, kv_heads: int, width: int, size: int) -> Compil
                             for i in range(width):
                                 sums[row, i] *= shrink
                         total[row] += weight
-                    _add_values(
-                        to_scores, values, start, stop, to_sums + (s - first) * group * width * 4, width, group, room
-                    )
+                for i in range(num_runs):
+                    place, left, right, start, stop, keys = runs[i]
+                    row, rows = (left - first) * group, (right - left) * group
+                    weights = to_scores + (row * room + place) * 4
+                    if i + 1 < num_runs:
+                        ask(runs[i + 1, 5] + side)
+                    collect(weights, rows, keys + side, start, stop, to_sums + row * width * 4)
             for s in range(first, last):
                 for g in range(group):
                     row, column = (s - first) * group + g, (head * group + g) * width
                     for i in range(width):
-                        out[tokens[0, s], column + i] = sums[row, i] / total[row]
+                        out[tokens[s], column + i] = sums[row, i] / total[row]
 
     return attend
 

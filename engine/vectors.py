@@ -15,6 +15,7 @@ WIDE = get_host_cpu_features().get("avx512f", False)
 LANES = 16 if WIDE else 8  # floats in a vector register
 # exp(x) is 2**n * 2**f; a polynomial gives 2**f for f in [0, 1) to 1e-7.
 _LOG2_E, _LEAST = 1.4426950408889634, -126.0
+LEAST = _LEAST / _LOG2_E  # the least number whose exp is not taken for that of this one
 _POWER_OF_TWO = (1.8775767e-3, 8.9893397e-3, 5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 9.9999994e-1)
 _FACTORS = tuple(np.float32(factor) for factor in _POWER_OF_TWO)
 
@@ -27,7 +28,11 @@ def load(builder, kind, address, offset):
 
 def splat(builder, kind, address, offset):
     """A vector of which every number is the one at that place."""
-    number = load(builder, kind.element, address, offset)
+    return spread(builder, kind, load(builder, kind.element, address, offset))
+
+
+def spread(builder, kind, number):
+    """A vector of which every number is that one."""
     first = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.IntType(32)(0))
     return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(ir.IntType(32), kind.count), None))
 
@@ -42,6 +47,31 @@ def multiply_add(builder, a, b, c):
     if a.type.count == 1:
         return builder.fadd(builder.fmul(a, b), c)
     return _vector_function(builder, "fma", a, b, c)
+
+
+def add_lanes(builder, a, b, distance):
+    """Sums of lanes at a distance, a power of two: those of `a` in the lanes whose number lacks that bit, and those of
+    `b` in the others."""
+    lanes = range(a.type.count)
+    kind = ir.VectorType(ir.IntType(32), a.type.count)
+    here = ir.Constant(kind, [i + a.type.count * (i & distance > 0) for i in lanes])
+    there = ir.Constant(kind, [(i ^ distance) + a.type.count * (i & distance > 0) for i in lanes])
+    return builder.fadd(builder.shuffle_vector(a, b, here), builder.shuffle_vector(a, b, there))
+
+
+def across(builder, x, combine):
+    """What all numbers of a vector are together."""
+    distance = x.type.count // 2
+    while distance:
+        other = ir.Constant(ir.VectorType(ir.IntType(32), x.type.count), [i ^ distance for i in range(x.type.count)])
+        x = combine(builder, x, builder.shuffle_vector(x, x, other))
+        distance //= 2
+    return builder.extract_element(x, ir.IntType(32)(0))
+
+
+def higher(builder, a, b):
+    """The higher number of each lane."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
 def _vector_function(builder, name, *args):
