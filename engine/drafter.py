@@ -21,6 +21,7 @@ from thornback.engine.layout import NO_PARENTS
 from thornback.engine.sequence import Sequence
 from thornback.engine.weights import bind_weights
 
+_USUAL = 16  # tokens that are read of a sequence, at most, where the pass before was guessed for, too
 _READS = 2048  # tokens that a draft reads beside one pass of its target, so that a long prompt stalls nobody
 
 
@@ -61,6 +62,7 @@ class Drafter:
             PlainLevels(self.model, width) if program is None else CompiledLevels(program, self.model.pool, width)
         )
         self._tables = BlockTables()
+        self.catch_up_seconds = 0.0  # of the last proposal: spent on tokens that no later one has to read again
         self._seconds: dict[int, float] = {}  # of a level, by the number of sequences in powers of two
 
     def refresh(self) -> None:
@@ -80,6 +82,7 @@ class Drafter:
         draft cannot reach so far, or where it has more to read first than goes into one pass. Levels whose nodes
         promise fewer than `least_promise` accepted tokens in all are left out."""
         width, depth = self._config.draft_top_k, self._config.draft_depth
+        self.catch_up_seconds = 0.0
         short = [s for s in sequences if len(s.token_ids) + depth <= self.model.max_len]
         able = [s for s in self._near(short) if self._blocks.grow(s, len(s.token_ids) + width * (depth - 1))]
         if not able:
@@ -109,6 +112,10 @@ class Drafter:
     def _took(self, num_sequences: int, seconds: float) -> None:
         before = self._seconds.get(num_sequences.bit_length(), seconds)
         self._seconds[num_sequences.bit_length()] = before + 0.1 * (seconds - before)
+
+    def forget_times(self) -> None:
+        """What levels took until now says nothing of those to come: it was for the first time."""
+        self._seconds.clear()
 
     def level_seconds(self, num_sequences: int) -> float:
         """What a level of so many trees takes, as of late; 0 before the first."""
@@ -148,8 +155,10 @@ class Drafter:
             table = self._tables.of([s.block_table for s in sequences])
         no_trees = NO_PARENTS, np.zeros(len(starts), np.int64)
         paged = PagedBatch.of_trees(self._pool, np.array(lengths), np.array(starts), table, *no_trees)
-        last = self._tensor(np.cumsum(lengths) - 1)
+        last, started = self._tensor(np.cumsum(lengths) - 1), time.perf_counter()
         logits, states = self.model.run(self._tensor(ids), hidden, last, paged)
+        new = max(0.0, 1 - len(sequences) * _USUAL / len(ids))
+        self.catch_up_seconds += new * (time.perf_counter() - started)
         for seq, stop in zip(sequences, stops, strict=True):
             self._blocks.draft_is_in(
                 seq.block_table[seq.num_drafted_tokens // self._blocks.block_size : stop // self._blocks.block_size]

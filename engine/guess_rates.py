@@ -7,6 +7,7 @@ import numpy as np
 _MEMORY = 0.95  # what an earlier pass weighs in a rate
 _RUN, _PERIOD = 8, 256  # so many passes in a row try the other way, once in so many
 _REST = 64  # steps without a guess after which it is tried again, where what steps take is known
+_HELD_UP = 4.0  # times the mean: a pass that takes longer was held up by something else
 _TRIALS, _TRY_AGAIN = 4, 48  # so many passes with and without a draft before they are compared; one in so many tries
 
 
@@ -15,7 +16,7 @@ class GuessRate:
 
     def __init__(self) -> None:
         self.drafts = False
-        self._tokens, self._seconds = [0.0, 0.0], [0.0, 0.0]  # without and with guessing
+        self._tokens, self._seconds, self._weights = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]  # without and with guessing
         self._passes = self._since_change = 0
 
     @property
@@ -28,8 +29,11 @@ class GuessRate:
         """A pass gave so many tokens in so many seconds; choose the way of the next one."""
         way = int(self.drafts)
         if self._since_change:  # the first after a change has to build what others go on with
+            if self._weights[way]:
+                seconds = min(seconds, _HELD_UP * self._seconds[way] / self._weights[way])
             self._tokens[way] = _MEMORY * self._tokens[way] + num_tokens
             self._seconds[way] = _MEMORY * self._seconds[way] + seconds
+            self._weights[way] = _MEMORY * self._weights[way] + 1
         self._passes += 1
         self._since_change += 1
         if self._since_change > _RUN:
@@ -92,6 +96,8 @@ class DraftWorth:
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         way = self.drafted
+        if self._passes[way]:
+            seconds = min(seconds, _HELD_UP * self._mean(self._seconds, way))
         self._tokens[way] = _MEMORY * self._tokens[way] + num_tokens
         self._seconds[way] = _MEMORY * self._seconds[way] + seconds
         self._passes[way] += 1

@@ -11,11 +11,12 @@ from numba import carray, njit
 from torch import Tensor
 
 from thornback.engine.attention_steps import add_values, hide, highest, lanes_of, products, weigh
-from thornback.engine.compiled import OPTIONS, Compiled, Kernel, floats, integers, next_task
+from thornback.engine.compiled import OPTIONS, Compiled, Kernel, fetch, floats, integers, next_task
 from thornback.engine.vectors import LANES
 
 NO_WINDOW = 1 << 40
 _NEIGHBOURS = 8  # tokens whose attention one thread computes at a time: a block they share is read once
+_AHEAD = 4096  # bytes of the next block that are asked for while one is worked on
 _SPAN = 256  # keys whose scores it keeps at a time: with the queries and a block they fit into the nearest cache
 
 
@@ -60,6 +61,12 @@ def attention_kernel(heads: int, kv_heads: int, width: int, size: int) -> Compil
     most, side = _NEIGHBOURS * group, kv_heads * size * width * 4
     span = max(1, _SPAN // size) * size
     room = -(-span // LANES) * LANES + LANES  # a block's last scores are a vector, too
+
+    @njit(**OPTIONS)
+    def ask(address):
+        """Ask for a block's keys or values: pages of memory are no neighbours, so that the CPU would not by itself."""
+        for line in range(0, min(size * width * 4, _AHEAD), 64):
+            fetch(address + line)
 
     @njit(**OPTIONS)
     def score(queries, num, keys, start, stop, out):
@@ -146,6 +153,7 @@ def attention_kernel(heads: int, kv_heads: int, width: int, size: int) -> Compil
                     place, left, right, start, stop, keys = runs[i]
                     row, rows = (left - first) * group, (right - left) * group
                     to = to_scores + (row * room + place) * 4
+                    ask(runs[i + 1, 5] if i + 1 < num_runs else runs[0, 5] + side)
                     score(to_queries + row * width * 4, rows, keys, start, stop, to)
                 for s in range(first, last):
                     start, stop = max(0, lengths[s] - window - base), min(span, lengths[s] - base)
@@ -178,6 +186,8 @@ def attention_kernel(heads: int, kv_heads: int, width: int, size: int) -> Compil
                     place, left, right, start, stop, keys = runs[i]
                     row, rows = (left - first) * group, (right - left) * group
                     weights = to_scores + (row * room + place) * 4
+                    if i + 1 < num_runs:
+                        ask(runs[i + 1, 5] + side)
                     collect(weights, rows, keys + side, start, stop, to_sums + row * width * 4)
             for s in range(first, last):
                 for g in range(group):

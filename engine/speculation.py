@@ -37,6 +37,7 @@ from thornback.engine.sequence import Sequence
 
 _log = logging.getLogger(__name__)
 _PROMISES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of accepted tokens a sequence, between which passes are compared
+_GUESSES = 16  # for a sequence, among which the time is divided in which the draft has read its prompt
 TRIAL_NODES = 4  # of trees that are only tried, to see what a step takes
 _LEAST_PROMISE = 0.05  # accepted tokens a sequence for which a draft looks deeper, where its costs are not measured
 _T = TypeVar("_T")
@@ -125,15 +126,18 @@ class Speculation:
             return
         self._costs = PassCosts.measure(run, max_tokens)
 
-    def trials(self) -> tuple[Speculation, Speculation] | None:
-        """What guesses as this does, but always, and without a draft head, whose time is counted apart; and what never
-        guesses: to learn what a step takes besides its pass. None where that is not asked for, or known."""
+    def trials(self) -> tuple[Speculation, Speculation, Speculation] | None:
+        """What guesses as this does, but always: to be run once, since what is used for the first time takes its time;
+        the same without a draft, whose time is counted apart; and what never guesses: to learn what a step takes
+        besides its pass. None where that is not asked for, or known."""
         if self._config is None or not self._config.adaptive or self._config.costs:
             return None
-        config = replace(self._config, adaptive=False, max_sequences=None, num_nodes=TRIAL_NODES)
+        config, retrievers = replace(self._config, max_sequences=None), (*self._retrievers, _Nonsense())
+        few = replace(config, adaptive=False, num_nodes=TRIAL_NODES)
         of_model = self._max_model_len, self._vocab_size
-        always = Speculation(config, (*self._retrievers, _Nonsense()), None, *of_model)
-        return always, Speculation(None, (), None, *of_model)
+        everything = Speculation(config, retrievers, self._drafter, *of_model)
+        everything.fix_costs(((1, 1.0), (64, 1.0)))  # every guess is worth it
+        return everything, Speculation(few, retrievers, None, *of_model), Speculation(None, (), None, *of_model)
 
     def add_overhead(self, steps: dict[int, float], plain: dict[int, float]) -> None:
         """`steps[n]`: the seconds of a step of the trial with n sequences, `TRIAL_NODES` nodes each; `plain[n]`: of
@@ -201,9 +205,12 @@ class Speculation:
             if plain:
                 self._load.observe(num_tokens, self._costs.guessed(*self._shape), self._shape[0] / plain)
         elif self._load is not None:
+            if self._drafter is not None and self._worth is not None and self._worth.drafted:
+                # What is read once of a prompt serves all guesses of its answer: this one pays a share of it.
+                seconds -= self._drafter.catch_up_seconds * (1 - 1 / _GUESSES)
             if self._worth is None or not self._worth.trying:  # a try says nothing of what is usual
                 self._load.observe(num_tokens, seconds)
-            self._costs.observe(*self._shape, seconds - self._drafting)
+            self._costs.observe(*self._shape, time.perf_counter() - self._started - self._drafting)
             if self._worth is not None:
                 self._worth.observe(num_tokens, seconds)
         self._load = self._worth = None

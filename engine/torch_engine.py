@@ -137,15 +137,20 @@ class TorchEngine:
             steps: tuple[dict[int, float], ...] = ({}, {})
             started = time.perf_counter()
             try:
+                self.speculation, guessing, plain = trials
+                for n in numbers:
+                    self._try_steps(n)
                 # Round after round, so that what disturbs the machine for a while does not meet all of them.
                 for number in range(_ROUNDS):
-                    for self.speculation, found in zip(trials, steps, strict=True):
+                    for self.speculation, found in zip((guessing, plain), steps, strict=True):
                         for n in numbers:
                             found[n] = min(self._try_steps(n), found.get(n, np.inf))
                     if number and time.perf_counter() - started > _TRY_SECONDS:
                         break
             finally:
                 self.speculation = speculation
+            if self.drafter is not None:
+                self.drafter.forget_times()
             self.speculation.add_overhead(*steps)
         self.flush_prefix_cache()  # a pass that is only tried spoils a block
         return self.speculation.costs
