@@ -21,7 +21,8 @@ def likelihoods(tokens, parents, weights, match_length, doubt, first, least):
     n: the tokens that are known to agree where the node is reached: the `match_length` (0, unknown, counts as 8), and
     the nodes above. c: how many continuations there are. So a chain that was found behind two tokens is hardly believed
     at its first token, and more with each that comes true. Both numbers were fitted to prompts 20 to 43 of each task of
-    the `rasd` benchmark, held-out ones, of which its measurement of speed answers some.
+    the `rasd` benchmark, held-out ones, of which its measurement of speed answers some; on prompts 60 to 79, which none
+    answers, no other pair that was tried gives more than 0.3 % more tokens a pass.
 
     Where a draft's distribution of the next token is known at the branches' first nodes, `first` `[branches]`, in order
     (else empty), branches below `least` get 0, and are pruned thereby."""
