@@ -28,10 +28,10 @@ _BYTE_OF = _byte_letters()
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or hub name; raises `ModelError` where there is none."""
-    from transformers import AutoTokenizer  # takes seconds, in the gateway's process only
+    from thornback.data import load_tokenizer as load  # with transformers, in the gateway's process only
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return load(model)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"The tokenizer of {model} cannot be loaded: {reason}") from error

@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # Ray Train sees that a job is done when it looks
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,18 +39,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="module")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory):
-    """A local Ray cluster of this module's own."""
+def ray_cluster(request: pytest.FixtureRequest):
+    """A local Ray cluster. The modules of a folder share it: it takes seconds to come and to go."""
     import ray
 
     from thornback.engine import ACTOR_ENVIRONMENT
 
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=300 << 20,
-        runtime_env={"env_vars": {**ACTOR_ENVIRONMENT, "PYTHONPATH": os.getcwd()}},
-    )
-    yield ray
-    ray.shutdown()
+    if not ray.is_initialized():
+        ray.init(
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=300 << 20,
+            runtime_env={"env_vars": {**ACTOR_ENVIRONMENT, "PYTHONPATH": os.getcwd()}},
+        )
+        folder = request.node.getparent(pytest.Directory)
+        folder.addfinalizer(ray.shutdown)
+    return ray

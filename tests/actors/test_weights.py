@@ -5,30 +5,16 @@ from __future__ import annotations
 import gc
 import time
 
-import numpy as np
 import pytest
 import ray
 
 from tests.actors.batches import learner
+from tests.actors.fake_rank import FakeRank
 from thornback.actors import PublishedWeights, RolloutSpec, WeightStore, actor_options
 from thornback.actors.rollout_worker import RolloutWorkerCore
 from thornback.actors.supervision import LearnerLost
-from thornback.contracts import weight_index
 
 MEGABYTE = 1 << 20
-
-
-class FakeRank:
-    """Hands out buffers as a learner's first rank does: `sizes` of one tensor."""
-
-    def __init__(self, size):
-        self.buffer = np.zeros(size, np.uint8)
-        self.index = weight_index([("w", "float32", (size // 4,))])[0]
-
-    @ray.method(num_returns=2)
-    def weights(self):
-        self.buffer += 1
-        return self.buffer, self.index
 
 
 class WatchedWorker(RolloutWorkerCore):

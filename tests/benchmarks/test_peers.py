@@ -15,6 +15,7 @@ WORK = Workload(num_prompts=4, num_prefixes=2, prefix_length=16, suffix_length=4
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.full
 def test_both_generators_make_as_many_tokens(tmp_path: Path) -> None:
     settings = {"model": benchmark_model(tmp_path, "0.1M"), "threads": 1, "workload": WORK.settings()}
     targets = ("thornback_engine", "hf_generate")

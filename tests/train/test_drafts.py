@@ -6,27 +6,39 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from thornback.cli.main import main
 from thornback.contracts import EngineConfig, Request, SamplingParams, SpeculationConfig
 from thornback.data import load_tokenizer
-from thornback.engine import TorchEngine, generate
+from thornback.engine import TorchEngine, generate, load_model, sequence_logprobs
+from thornback.train.fitting import batch_of, rate_share
 
 TEXT = "the cat sat on the mat and then the dog sat on the cat; "
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
 
 @pytest.fixture(scope="module")
-def fluent(tiny_model, ray_cluster, tmp_path_factory):
-    """A model that has learned one sentence."""
-    from thornback.train.sections import WarmStartSection
-    from thornback.train.warm_start import Example, supervise
-
+def fluent(tiny_model, tmp_path_factory):
+    """A model that has learned one sentence, as a warm start would teach it: in this process that is a second."""
     base, out = tiny_model("qwen3"), tmp_path_factory.mktemp("fluent") / "model"
-    ids = load_tokenizer(base).encode(TEXT * 3, add_special_tokens=False)
-    examples = [Example(tuple(ids[i : i + 64]), 1) for i in range(len(TEXT))]
-    section = WarmStartSection(steps=60, batch_size=8, learning_rate=5e-3, warmup_steps=5)
-    supervise(base, examples, out, section, num_threads=1)
+    tokenizer = load_tokenizer(base)
+    ids = np.array(tokenizer.encode(TEXT * 3, add_special_tokens=False))
+    model, steps = load_model(base, dtype="float32").train(), 60
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    for step in range(steps):
+        starts = batch_of(step, len(TEXT), 8, seed=0)
+        logprobs, _ = sequence_logprobs(model, [ids[i : i + 64] for i in starts], [1] * len(starts))
+        (-logprobs.mean()).backward()
+        optimizer.param_groups[0]["lr"] = 5e-3 * rate_share(step, steps, warmup_steps=5)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     return out
 
 

@@ -96,6 +96,15 @@ class Driver:
         assert self.process.wait(timeout=180) == 0, self.log.read_text()
 
 
+def test_a_killed_drivers_run_goes_on_in_another(ray_cluster, undisturbed, tiny_model, tmp_path):
+    directory = tmp_path / "run"
+    driver = Driver(directory, settings(tiny_model("qwen3"), directory), ray_cluster)
+    assert driver.signal_after(5, signal.SIGKILL) == -signal.SIGKILL
+    trainer(settings(tiny_model("qwen3"), directory)).train()
+    check_nothing_changed(directory, undisturbed, num_resumed=1)
+
+
+@pytest.mark.full
 def test_a_driver_that_is_stopped_and_killed_changes_nothing(ray_cluster, undisturbed, tiny_model, tmp_path):
     directory = tmp_path / "run"
 
@@ -109,7 +118,11 @@ def test_a_driver_that_is_stopped_and_killed_changes_nothing(ray_cluster, undist
     assert (directory / "checkpoints" / f"step-{saved[1]}" / "state.json").exists()
     assert start().signal_after(5, signal.SIGKILL) == -signal.SIGKILL
     start().finish()
-    assert sum(e["kind"] == "resumed" for e in events(directory)) == 2
+    check_nothing_changed(directory, undisturbed, num_resumed=2)
+
+
+def check_nothing_changed(directory: Path, undisturbed: Path, num_resumed: int) -> None:
+    assert sum(e["kind"] == "resumed" for e in events(directory)) == num_resumed
     assert comparable(directory) == comparable(undisturbed)
     assert (directory / MODEL).read_bytes() == (undisturbed / MODEL).read_bytes()
     evaluated = [json.loads(line)["step"] for line in (directory / "evaluation.jsonl").read_text().splitlines()]

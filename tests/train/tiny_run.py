@@ -7,10 +7,12 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from thornback.contracts import Completion, Prompt
-from thornback.train import Trainer
+
+if TYPE_CHECKING:
+    from thornback.train import Trainer
 
 
 def digits(completion: Completion) -> float:
@@ -65,6 +67,8 @@ def settings(model_path: Path | str, directory: Path | str, **sections: dict[str
 
 
 def trainer(values: dict[str, Any]) -> Trainer:
+    from thornback.train import Trainer  # which a reward model, whose rewards are here, needs not
+
     return Trainer(values, reward=REWARDS)
 
 
