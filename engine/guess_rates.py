@@ -8,7 +8,8 @@ _MEMORY = 0.95  # what an earlier pass weighs in a rate
 _RUN, _PERIOD = 8, 256  # so many passes in a row try the other way, once in so many
 _REST = 64  # steps without a guess after which it is tried again, where what steps take is known
 _HELD_UP = 4.0  # times the mean: a pass that takes longer was held up by something else
-_TRIALS, _TRY_AGAIN = 4, 48  # so many passes with and without a draft before they are compared; one in so many tries
+_TRIALS = 4  # so many passes with and without a draft before they are compared
+_TRY_AGAIN, _RARELY = 48, 768  # after so many the other way is tried, at first, and at last
 
 
 class GuessRate:
@@ -73,19 +74,25 @@ class DraftWorth:
     def __init__(self) -> None:
         self._tokens, self._seconds, self._passes = [0.0, 0.0], [0.0, 0.0], [0, 0]
         self.drafted = self.trying = False
+        self._better: bool | None = None  # whether to draft, when it was last asked; and after how many passes, and at
+        self._every = self._next = _TRY_AGAIN  # which, the other way is tried
 
     def choose(self, rate: float) -> bool:
         """Whether to draft, where so many tokens a second come anyway."""
         few = [way for way in (True, False) if self._passes[way] < _TRIALS]
-        again = sum(self._passes) % _TRY_AGAIN == 0
-        self.trying = bool(few) or again
         if few:
-            self.drafted = few[0]
-        else:
-            gain, cost = (
-                self._mean(values, True) - self._mean(values, False) for values in (self._tokens, self._seconds)
-            )
-            self.drafted = (gain > cost * rate) != again
+            self.trying, self.drafted = True, few[0]
+            return self.drafted
+        gain, cost = (self._mean(values, True) - self._mean(values, False) for values in (self._tokens, self._seconds))
+        better, passes = gain > cost * rate, sum(self._passes)
+        if better != self._better:
+            self._better, self._every = better, _TRY_AGAIN
+            self._next = passes + self._every
+        self.trying = passes >= self._next
+        if self.trying:  # the longer it has been so, the rarer
+            self._every = min(2 * self._every, _RARELY)
+            self._next = passes + self._every
+        self.drafted = better != self.trying
         return self.drafted
 
     def _mean(self, values: list[float], way: bool) -> float:

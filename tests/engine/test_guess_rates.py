@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from thornback.engine.guess_rates import GuessRate, KnownRate
+from thornback.engine.guess_rates import DraftWorth, GuessRate, KnownRate
 
 
 def ways(rate: GuessRate | KnownRate, steps: int, tokens: float, *known: float) -> list[bool]:
@@ -35,3 +35,27 @@ def test_where_costs_are_known_guessing_is_tried_again() -> None:
     while not rate.drafts:
         rate.observe(1, 1.0, 1.0)
     assert all(ways(rate, 100, 1.5, 1.0)), "what it did not win earlier is held against it"
+
+
+def drafts(worth: DraftWorth, passes: int, tokens: float) -> list[bool]:
+    """Whether each of so many passes drafts, where one that does gives so many tokens in two seconds, one that does not
+    a token in one."""
+    found = []
+    for _ in range(passes):
+        found.append(worth.choose(1.0))
+        worth.observe(tokens if found[-1] else 1, 2.0 if found[-1] else 1.0)
+    return found
+
+
+@pytest.mark.parametrize("tokens", [1.5, 3.0])
+def test_a_draft_is_asked_where_it_is_worth_its_time_and_tried_ever_rarer_where_not(tokens) -> None:
+    found = drafts(DraftWorth(), 4000, tokens)
+    other = [place for place, way in enumerate(found) if way != (tokens > 2)]
+    assert 8 < len(other) < 20
+    assert other[-1] - other[-2] > 5 * (other[5] - other[4])
+
+
+def test_a_draft_that_has_become_worth_it_is_asked() -> None:
+    worth = DraftWorth()
+    drafts(worth, 1000, 1.5)
+    assert sum(drafts(worth, 20000, 4.0)[-5000:]) > 4900

@@ -33,9 +33,9 @@ def run(*command: str, **variables: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("which", ["not full", pytest.param("full", marks=pytest.mark.full)])
-def test_under_the_interpreter(which) -> None:
-    run("-m", "pytest", "-p", "no:cacheprovider", "-m", which, str(CASES), TRITON_INTERPRET="1")
+@pytest.mark.full
+def test_under_the_interpreter() -> None:
+    run("-m", "pytest", "-p", "no:cacheprovider", str(CASES), TRITON_INTERPRET="1")
 
 
 @pytest.mark.full

@@ -54,6 +54,7 @@ def killer(directory: Path, plan: list[tuple[int, str]]) -> threading.Thread:
     return thread
 
 
+@pytest.mark.full
 def test_actors_that_are_killed_change_nothing(ray_cluster, undisturbed, tiny_model, tmp_path):
     plan = [(1, "rollout worker"), (3, "reward model"), (5, "learner rank")]
     thread = killer(tmp_path, plan)

@@ -175,6 +175,7 @@ def test_the_finished_model_is_evaluated_by_itself(finished, tiny_model, capsys)
     assert "reward/digits" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_adapters_a_kl_and_anchors_that_are_estimated_again(ray_cluster, tiny_model, tmp_path):
     values = settings(
         tiny_model("qwen3"),

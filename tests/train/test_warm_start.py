@@ -43,6 +43,7 @@ def trained(tiny_model, examples, output, workers: int = 1) -> dict[str, float]:
     return metrics
 
 
+@pytest.mark.full
 def test_it_learns_and_workers_share_the_work_without_changing_it(tiny_model, examples, tmp_path, ray_cluster) -> None:
     metrics = trained(tiny_model, examples, tmp_path / "one")
     assert metrics["loss"] < 2.0  # from log 128 = 4.9
