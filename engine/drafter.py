@@ -63,6 +63,7 @@ class Drafter:
         )
         self._tables = BlockTables()
         self.catch_up_seconds = 0.0  # of the last proposal: spent on tokens that no later one has to read again
+        self._proposals: dict[int, float] = {}  # seconds of a proposal, by the number of sequences
         self._seconds: dict[int, float] = {}  # of a level, by the number of sequences in powers of two
 
     def refresh(self) -> None:
@@ -82,7 +83,7 @@ class Drafter:
         draft cannot reach so far, or where it has more to read first than goes into one pass. Levels whose nodes
         promise fewer than `least_promise` accepted tokens in all are left out."""
         width, depth = self._config.draft_top_k, self._config.draft_depth
-        self.catch_up_seconds = 0.0
+        self.catch_up_seconds, began = 0.0, time.perf_counter()
         short = [s for s in sequences if len(s.token_ids) + depth <= self.model.max_len]
         able = [s for s in self._near(short) if self._blocks.grow(s, len(s.token_ids) + width * (depth - 1))]
         if not able:
@@ -107,11 +108,20 @@ class Drafter:
             self._blocks.trim(seq, len(seq.token_ids))
         parts = zip(growth.trees(), scores.float().cpu().numpy(), scales, norms.tolist(), least.tolist(), strict=True)
         found = dict(zip(able, (Drafted(*part) for part in parts), strict=True))
+        seconds = time.perf_counter() - began - self.catch_up_seconds
+        self._proposals[len(able)] = min(seconds, self._proposals.get(len(able), seconds))
         return [found.get(s) for s in sequences]
 
     def _took(self, num_sequences: int, seconds: float) -> None:
         before = self._seconds.get(num_sequences.bit_length(), seconds)
         self._seconds[num_sequences.bit_length()] = before + 0.1 * (seconds - before)
+
+    def seconds(self, num_sequences: int) -> float:
+        """What a proposal for so many sequences takes, about, after those that were seen; 0 before the first."""
+        if not self._proposals:
+            return 0.0
+        nearest = min(self._proposals, key=lambda n: abs(n - num_sequences))
+        return self._proposals[nearest] * max(1.0, num_sequences / nearest)
 
     def forget_times(self) -> None:
         """What levels took until now says nothing of those to come: it was for the first time."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 _MEMORY = 0.95  # what an earlier pass weighs in a rate
-_RUN, _PERIOD = 8, 256  # so many passes in a row try the other way, once in so many
+_RUN = 8  # so many passes in a row try the other way
+_PERIOD, _SELDOM = 256, 4096  # after so many, at first, and at last
 _REST = 64  # steps without a guess after which it is tried again, where what steps take is known
-_HELD_UP = 4.0  # times the mean: a pass that takes longer was held up by something else
 _TRIALS = 4  # so many passes with and without a draft before they are compared
 _TRY_AGAIN, _RARELY = 48, 768  # after so many the other way is tried, at first, and at last
 
@@ -17,8 +17,10 @@ class GuessRate:
 
     def __init__(self) -> None:
         self.drafts = False
-        self._tokens, self._seconds, self._weights = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]  # without and with guessing
+        self._tokens, self._seconds = [0.0, 0.0], [0.0, 0.0]  # without and with guessing
         self._passes = self._since_change = 0
+        self._better: bool | None = None  # whether to guess, when it was last asked
+        self._every = self._next = _PERIOD
 
     @property
     def rate(self) -> float:
@@ -30,20 +32,22 @@ class GuessRate:
         """A pass gave so many tokens in so many seconds; choose the way of the next one."""
         way = int(self.drafts)
         if self._since_change:  # the first after a change has to build what others go on with
-            if self._weights[way]:
-                seconds = min(seconds, _HELD_UP * self._seconds[way] / self._weights[way])
             self._tokens[way] = _MEMORY * self._tokens[way] + num_tokens
             self._seconds[way] = _MEMORY * self._seconds[way] + seconds
-            self._weights[way] = _MEMORY * self._weights[way] + 1
         self._passes += 1
         self._since_change += 1
         if self._since_change > _RUN:
             plain, drafting = (t / s if s else np.inf for t, s in zip(self._tokens, self._seconds, strict=True))
-            better = drafting > plain
-            if self._passes % _PERIOD < _RUN and self._passes > _PERIOD:
-                better = not better
-            if better != self.drafts:
-                self.drafts, self._since_change = bool(better), 0
+            better = bool(drafting > plain)
+            if better != self._better:
+                self._better, self._every = better, _PERIOD
+                self._next = self._passes + self._every
+            trying = self._passes >= self._next
+            if trying:  # the longer it has been so, the rarer
+                self._every = min(2 * self._every, _SELDOM)
+                self._next = self._passes + self._every
+            if (better != trying) != self.drafts:
+                self.drafts, self._since_change = better != trying, 0
 
 
 class KnownRate:
@@ -84,7 +88,7 @@ class DraftWorth:
             self.trying, self.drafted = True, few[0]
             return self.drafted
         gain, cost = (self._mean(values, True) - self._mean(values, False) for values in (self._tokens, self._seconds))
-        better, passes = gain > cost * rate, sum(self._passes)
+        better, passes = bool(gain > cost * rate), sum(self._passes)
         if better != self._better:
             self._better, self._every = better, _TRY_AGAIN
             self._next = passes + self._every
@@ -103,8 +107,6 @@ class DraftWorth:
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         way = self.drafted
-        if self._passes[way]:
-            seconds = min(seconds, _HELD_UP * self._mean(self._seconds, way))
         self._tokens[way] = _MEMORY * self._tokens[way] + num_tokens
         self._seconds[way] = _MEMORY * self._seconds[way] + seconds
         self._passes[way] += 1

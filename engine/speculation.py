@@ -38,6 +38,8 @@ from thornback.engine.sequence import Sequence
 _log = logging.getLogger(__name__)
 _PROMISES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of accepted tokens a sequence, between which passes are compared
 _GUESSES = 16  # for a sequence, among which the time is divided in which the draft has read its prompt
+_HELD_UP = 4.0  # times what is expected: a pass that takes longer was held up by something else
+_MOST_GAIN = 2.0  # tokens a sequence that a draft adds to what was retrieved, at most, it is assumed
 TRIAL_NODES = 4  # of trees that are only tried, to see what a step takes
 _LEAST_PROMISE = 0.05  # accepted tokens a sequence for which a draft looks deeper, where its costs are not measured
 _T = TypeVar("_T")
@@ -208,12 +210,19 @@ class Speculation:
             if self._drafter is not None and self._worth is not None and self._worth.drafted:
                 # What is read once of a prompt serves all guesses of its answer: this one pays a share of it.
                 seconds -= self._drafter.catch_up_seconds * (1 - 1 / _GUESSES)
+            seconds = min(seconds, _HELD_UP * self._expected())
             if self._worth is None or not self._worth.trying:  # a try says nothing of what is usual
                 self._load.observe(num_tokens, seconds)
             self._costs.observe(*self._shape, time.perf_counter() - self._started - self._drafting)
             if self._worth is not None:
                 self._worth.observe(num_tokens, seconds)
         self._load = self._worth = None
+
+    def _expected(self) -> float:
+        """About the seconds of the pass that was proposed."""
+        drafted = self._drafter is not None and self._worth is not None and self._worth.drafted
+        drafting = self._drafter.seconds(self._shape[0]) if drafted and self._drafter is not None else 0.0
+        return self._costs.guessed(*self._shape) + drafting
 
     def _guess(self, sequences: list[Sequence], config: SpeculationConfig, load: tuple[int, int] | None = None) -> None:
         """Make the `guesses` of the coming pass. `load`: how many sequences and tokens it has anyway: of all nodes the
@@ -259,6 +268,10 @@ class Speculation:
         """Whether to ask the draft head, where retrieval promises so many accepted tokens a sequence."""
         if not config.adaptive or not isinstance(self._load, GuessRate):
             return True
+        assert self._drafter is not None
+        plain = self._costs.plain(num_sequences)
+        if plain and _MOST_GAIN * plain < self._drafter.seconds(num_sequences):
+            return False  # not worth a try
         key = (num_sequences.bit_length(), int(np.searchsorted(_PROMISES, promise)))
         self._worth = self._worths.setdefault(key, DraftWorth())
         return self._worth.choose(self._load.rate)
