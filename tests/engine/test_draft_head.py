@@ -61,6 +61,23 @@ def test_lossless(tiny_model, head_for, architecture, dtype, sampling) -> None:
     assert engine.load().num_free_blocks == engine.load().num_blocks
 
 
+@pytest.mark.parametrize("seconds", [1e-6, 1e6])
+def test_a_head_that_cannot_be_worth_its_time_is_not_tried(tiny_model, head_for, monkeypatch, seconds) -> None:
+    model, requests = tiny_model("qwen3"), requests_of(2, max_tokens=60, temperature=0.0)
+    speculation = SpeculationConfig(num_nodes=12, draft=head_for(model), draft_depth=3, draft_top_k=4)
+    engine = TorchEngine(model, EngineConfig(num_threads=1, speculation=speculation))
+    assert engine.drafter.seconds(1) > 0, "it is known from the start"
+    assert engine.drafter.seconds(32) > engine.drafter.seconds(8)
+    asked, propose = [], engine.drafter.propose
+    monkeypatch.setattr(engine.drafter, "seconds", lambda num_sequences: seconds)
+    monkeypatch.setattr(engine.drafter, "propose", lambda *args: asked.append(1) or propose(*args))
+    got = generate(engine, requests)
+    assert bool(asked) == (seconds < 1)
+    plain = generate(engine_of(model), requests)
+    for key, (wanted,) in plain.items():
+        assert got[key][0].token_ids.tolist() == wanted.token_ids.tolist()
+
+
 def guesses(engine: TorchEngine, seq) -> np.ndarray:
     """What the engine's head says of the next token."""
     (drafted,) = engine.drafter.propose([seq])
