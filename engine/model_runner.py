@@ -16,7 +16,7 @@ from thornback.engine.decoder_program import DecoderProgram
 from thornback.engine.kv_pool import KVPool
 from thornback.engine.layout import NO_PARENTS, weave
 from thornback.engine.lora import AdapterSet
-from thornback.engine.randomness import uniform_ahead
+from thornback.engine.randomness import positional_uniform
 from thornback.engine.sampler import Sampled, SamplingBatch, sample
 from thornback.engine.scheduler import Scheduled
 from thornback.engine.sequence import Sequence
@@ -147,13 +147,12 @@ class ModelRunner:
             self._sampling = SamplingBatch.of([seq.request.sampling for seq in sequences], logits.device)
             self._seeds = np.asarray([seq.seed for seq in sequences], np.uint64)
             self._restrained = any(s.grammar is not None or s.request.sampling.min_tokens for s in sequences)
-        places = np.array([len(seq.token_ids) - seq.num_prompt_tokens for seq in sequences])
+        places = np.array([seq.num_output_tokens for seq in sequences])[owners] + ahead
         sampling = self._sampling if len(owners) == len(sequences) else self._sampling.of_rows(owners)
         banned = None
         if self._restrained:
-            drawn = (places[owners] + ahead).tolist()
-            banned = self._banned([sequences[owner] for owner in owners.tolist()], drawn, logits, grammars)
-        return sample(logits, sampling, uniform_ahead(self._seeds, places, owners, ahead), banned)
+            banned = self._banned([sequences[owner] for owner in owners.tolist()], places.tolist(), logits, grammars)
+        return sample(logits, sampling, positional_uniform(self._seeds[owners], places), banned)
 
     def _banned(
         self, sequences: list[Sequence], places: list[int], logits: Tensor, grammars: GrammarCompiler | None

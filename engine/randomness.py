@@ -29,13 +29,6 @@ def _numbers(seeds, positions):
     return out
 
 
-@compiled
-def uniform_ahead(seeds, places, owners, ahead):
-    """`positional_uniform` of draws `[R]`: `ahead[r]` places ahead of `places[owners[r]]` in the stream of its `seeds`;
-    `seeds` uint64 `[S]`, the others int64."""
-    return _numbers(seeds[owners], (places[owners] + ahead).astype(np.uint64))
-
-
 def positional_uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """float64 `[B]` in [0, 1): the number of token `positions[b]` of the stream `seeds[b]` (both int64 or uint64)."""
     return _numbers(seeds.astype(np.uint64, copy=False), positions.astype(np.uint64, copy=False))
