@@ -201,28 +201,24 @@ class Speculation:
 
     def observe(self, num_tokens: int) -> None:
         """The pass that was proposed is over, and gave so many tokens."""
-        seconds = time.perf_counter() - self._started
+        took = time.perf_counter() - self._started
         if isinstance(self._load, KnownRate):
             plain = self._costs.plain(self._shape[0])
             if plain:
                 self._load.observe(num_tokens, self._costs.guessed(*self._shape), self._shape[0] / plain)
         elif self._load is not None:
+            seconds, expected = took, self._costs.guessed(*self._shape)
             if self._drafter is not None and self._worth is not None and self._worth.drafted:
                 # What is read once of a prompt serves all guesses of its answer: this one pays a share of it.
                 seconds -= self._drafter.catch_up_seconds * (1 - 1 / _GUESSES)
-            seconds = min(seconds, _HELD_UP * self._expected())
+                expected += self._drafter.seconds(self._shape[0])
+            seconds = min(seconds, _HELD_UP * expected)
             if self._worth is None or not self._worth.trying:  # a try says nothing of what is usual
                 self._load.observe(num_tokens, seconds)
-            self._costs.observe(*self._shape, time.perf_counter() - self._started - self._drafting)
+            self._costs.observe(*self._shape, took - self._drafting)
             if self._worth is not None:
                 self._worth.observe(num_tokens, seconds)
         self._load = self._worth = None
-
-    def _expected(self) -> float:
-        """About the seconds of the pass that was proposed."""
-        drafted = self._drafter is not None and self._worth is not None and self._worth.drafted
-        drafting = self._drafter.seconds(self._shape[0]) if drafted and self._drafter is not None else 0.0
-        return self._costs.guessed(*self._shape) + drafting
 
     def _guess(self, sequences: list[Sequence], config: SpeculationConfig, load: tuple[int, int] | None = None) -> None:
         """Make the `guesses` of the coming pass. `load`: how many sequences and tokens it has anyway: of all nodes the
@@ -307,7 +303,9 @@ class Speculation:
             return otherwise
 
     def _give_up(self, seq: Sequence, error: Exception) -> None:
-        """End the guessing for a request, and nothing else."""
+        """End the guessing for a request, and nothing else; it is counted once, whatever else fails it."""
+        if not seq.speculates:
+            return
         seq.speculates = False
         self.num_failures += 1
         _log.warning("Request %s goes on without speculation: %s", seq.request.request_id, error)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
@@ -29,7 +27,6 @@ from thornback.contracts import (
     Output,
     Request,
     Retriever,
-    SamplingParams,
     WeightView,
 )
 from thornback.engine.block_manager import BlockManager
@@ -38,6 +35,7 @@ from thornback.engine.draft_model import block_shapes, load_draft
 from thornback.engine.drafter import Drafter
 from thornback.engine.kv_pool import KVPool
 from thornback.engine.layout import NO_PARENTS, draws
+from thornback.engine.leases import Leases
 from thornback.engine.lora import AdapterSet
 from thornback.engine.model import ModelShape, load_model
 from thornback.engine.model_runner import ModelRunner, fresh_seeds
@@ -45,11 +43,9 @@ from thornback.engine.sampler import Sampled
 from thornback.engine.scheduler import Scheduled, Scheduler
 from thornback.engine.sequence import Sequence
 from thornback.engine.speculation import Guesses, Speculation
+from thornback.engine.step_trials import time_steps
 from thornback.engine.structured import GrammarCompiler
 from thornback.engine.weights import bind_weights
-
-_TRIED, _TRIED_TOKENS = (1, 8), 24  # sequences whose steps are tried, and tokens of each
-_ROUNDS, _TRY_SECONDS = 5, 0.5  # as often, but no longer once that is over
 
 
 @dataclass(slots=True)
@@ -112,7 +108,7 @@ class TorchEngine:
         )
         self._sequences: dict[str, list[Sequence]] = {}
         self.weight_version = 0
-        self._leases: dict[str, tuple[Lease, list[int]]] = {}
+        self._leases = Leases(self.blocks, config.lease_seconds)
         self._seeds = fresh_seeds()
         self._grammars: GrammarCompiler | None = None
         self._paused = False
@@ -133,39 +129,11 @@ class TorchEngine:
         self.speculation.measure(self.runner.try_pass, self.config.max_num_batched_tokens)
         trials = self.speculation.trials()
         if trials is not None:
-            speculation, numbers = self.speculation, [n for n in _TRIED if n <= self.config.max_num_seqs]
-            steps: tuple[dict[int, float], ...] = ({}, {})
-            started = time.perf_counter()
-            try:
-                self.speculation, guessing, plain = trials
-                for n in numbers:
-                    self._try_steps(n)
-                # Round after round, so that what disturbs the machine for a while does not meet all of them.
-                for number in range(_ROUNDS):
-                    for self.speculation, found in zip((guessing, plain), steps, strict=True):
-                        for n in numbers:
-                            found[n] = min(self._try_steps(n), found.get(n, np.inf))
-                    if number and time.perf_counter() - started > _TRY_SECONDS:
-                        break
-            finally:
-                self.speculation = speculation
+            self.speculation.add_overhead(*time_steps(self, trials))
             if self.drafter is not None:
                 self.drafter.forget_times()
-            self.speculation.add_overhead(*steps)
         self.flush_prefix_cache()  # a pass that is only tried spoils a block
         return self.speculation.costs
-
-    def _try_steps(self, num_sequences: int) -> float:
-        """The seconds of a step of so many sequences, the median."""
-        sampling = SamplingParams(max_tokens=min(_TRIED_TOKENS, self.max_model_len - 1), ignore_eos=True, seed=0)
-        for number in range(num_sequences):
-            self.add_request(Request(f"trial-{number}", (number % self.shape.vocab_size,), sampling))
-        seconds = []
-        while self.has_unfinished_requests():
-            started = time.perf_counter()
-            if len(self.step()) == num_sequences:
-                seconds.append(time.perf_counter() - started)
-        return float(np.median(seconds)) if seconds else 0.0
 
     # Requests
 
@@ -248,7 +216,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        self._expire_leases()
+        self._leases.expire()
         if self._paused:
             return []
         self.speculation.propose(self.scheduler.running)
@@ -408,9 +376,7 @@ class TorchEngine:
         if self.drafter is not None:
             read = self.speculation.guard(seq, self.drafter.prepare_export, read)
         used = seq.block_table[: self.blocks.blocks_for(seq.num_computed_tokens)]
-        self.blocks.share(used)
-        lease = Lease(uuid.uuid4().hex, time.time() + self.config.lease_seconds)
-        self._leases[lease.lease_id] = (lease, used)
+        lease = self._leases.offer(used)
         return KVExport(
             request_id=seq.request.request_id,
             token_ids=tuple(seq.token_ids),
@@ -426,13 +392,7 @@ class TorchEngine:
         )
 
     def release(self, lease: Lease) -> None:
-        _, blocks = self._leases.pop(lease.lease_id, (lease, []))
-        self.blocks.release(blocks)
-
-    def _expire_leases(self) -> None:
-        now = time.time()
-        for lease in [lease for lease, _ in self._leases.values() if lease.expires_at <= now]:
-            self.release(lease)
+        self._leases.release(lease)
 
     # Control
 
@@ -476,7 +436,7 @@ class TorchEngine:
         self.blocks.flush()
 
     def load(self) -> EngineLoad:
-        self._expire_leases()
+        self._leases.expire()
         waiting = self.scheduler.waiting
         behind = sum(len(seq.siblings) for seqs in self._sequences.values() for seq in seqs)
         return EngineLoad(

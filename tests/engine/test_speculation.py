@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -185,6 +186,15 @@ def test_a_retriever_that_fails_ends_the_guessing_only(tiny_model, nonsense, cap
     assert len([r for r in caplog.records if "without speculation" in r.message]) == 3
 
 
+def test_a_request_that_every_source_fails_is_counted_once(tiny_model) -> None:
+    nobody = Failing([], None)
+    nobody.asked = 7
+    config = EngineConfig(num_threads=1, speculation=SpeculationConfig(adaptive=False))
+    engine = TorchEngine(tiny_model("qwen3"), config, (nobody, nobody))
+    generate(engine, requests_of(3))
+    assert engine.speculation.num_failures == 3
+
+
 def test_adaptive_speculation_is_lossless_and_learns(tiny_model) -> None:
     requests = requests_of(4, max_tokens=120, temperature=0.0)
     plain = generate(TorchEngine(tiny_model("qwen3"), EngineConfig(num_threads=1)), requests)
@@ -230,6 +240,28 @@ def test_what_a_step_takes_is_tried_and_leaves_nothing_behind(tiny_model) -> Non
     load, stats = engine.load(), engine.speculation.stats
     assert load.num_free_blocks == load.num_blocks
     assert (stats.num_drafts, stats.num_failures) == (0, 0)
+
+
+def test_where_steps_are_slow_few_are_tried(tiny_model, monkeypatch) -> None:
+    engine = TorchEngine(tiny_model("qwen3"), EngineConfig(num_threads=1, speculation=SpeculationConfig()), ())
+    assert engine.speculation.costs == ()  # nobody guesses
+    engine = TorchEngine(
+        tiny_model("qwen3"), EngineConfig(num_threads=1, speculation=SpeculationConfig()), (Oracle([]),)
+    )
+    passes, forward = [], engine.runner.forward
+
+    def slow(*args):
+        passes.append(1)
+        time.sleep(0.02)
+        return forward(*args)
+
+    monkeypatch.setattr(engine.runner, "forward", slow)
+    monkeypatch.setattr("thornback.engine.step_trials._SECONDS", 0.01)
+    engine.measure_costs()
+    assert len(passes) < 50, "an engine that takes seconds a pass would take minutes to start"
+    assert not engine.has_unfinished_requests()
+    assert engine.load().num_free_blocks == engine.load().num_blocks
+    assert dict(engine.speculation.costs)[-1] > 0.02
 
 
 def test_overhead_is_what_steps_take_beyond_their_passes(tiny_model) -> None:
