@@ -40,11 +40,18 @@ $(BENCH_READY): requirements-bench.lock
 demo: venv
 	$(BIN)/python -m thornback demo $(if $(SEED),--seed $(SEED))
 
+# What computes on one core goes two at a time; what starts Ray has the machine for itself.
+ONE_CORE = tests/algorithms tests/contracts tests/engine
+define run_tests
+	$(BIN)/python -m pytest -m $(1) -n 2 $(ONE_CORE)
+	$(BIN)/python -m pytest -m $(1) $(ONE_CORE:%=--ignore=%)
+endef
+
 test: venv
-	$(BIN)/python -m pytest -m "not full"
+	$(call run_tests,"not full")
 
 test-slow: venv
-	$(BIN)/python -m pytest -m full
+	$(call run_tests,full)
 
 test-full: test test-slow
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from thornback.actors.specs import (
         DraftLearnerSpec,
         DraftReport,
+        EpisodeSpec,
         LearnerSpec,
         OptimizerSpec,
         PolicySpec,
@@ -33,7 +34,8 @@ _EXPORTS = {
     "pool": "ActorPool",
     "reward_model": "RewardModel RewardTable",
     "rollout_worker": "GenerationReport PromptShard RolloutWorker",
-    "specs": "DraftLearnerSpec DraftReport LearnerSpec OptimizerSpec PolicySpec RolloutSpec UpdateReport UpdateSpec",
+    "specs": "DraftLearnerSpec DraftReport EpisodeSpec LearnerSpec OptimizerSpec PolicySpec RolloutSpec "
+    "UpdateReport UpdateSpec",
     "supervision": "DataLost Home LearnerLost Restarts actor_options",
     "weight_store": "PublishedWeights WeightStore",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "DraftLearner",
     "DraftLearnerSpec",
     "DraftReport",
+    "EpisodeSpec",
     "GenerationReport",
     "Home",
     "LearnerGroup",

@@ -21,13 +21,16 @@ from thornback.contracts import (
     SamplingParams,
     anchors_to_arrow,
 )
-from thornback.data import write_rollouts
+from thornback.data import check_failures, write_rollouts
 
 
 class AnchorSamplerCore:
     """An engine over a reference policy (or a larger model) and a scorer, in one process."""
 
-    def __init__(self, spec: RolloutSpec, make_scorer: Callable[[], RewardScorer]) -> None:
+    def __init__(
+        self, spec: RolloutSpec, make_scorer: Callable[[], RewardScorer], max_failed_share: float = 0.0
+    ) -> None:
+        self._max_failed_share = max_failed_share
         self._worker = RolloutWorkerCore(spec)
         self._judge = RewardModelCore(make_scorer, spec.model)
 
@@ -47,10 +50,12 @@ class AnchorSamplerCore:
         """The anchors of a shard's prompts from `sampling.n` rollouts each, as rows of the anchors' file.
 
         `keep_trajectory`: keep each prompt's first right answer, with its log-probabilities under this model.
-        `location`: write the rollouts there, as Parquet.
+        `location`: write the rollouts there, as Parquet. Raises `RewardError` where more than `max_failed_share` of the
+        rollouts meet a reward that fails.
         """
-        batch, report = self._worker.generate(shard, sampling, 0)
+        batch, report = self._worker.generate(shard, sampling, 0, prompts)
         table = self._judge.score(batch, prompts)
+        check_failures(table.failures, len(batch), self._max_failed_share)
         if location is not None:
             write_rollouts(batch.with_scores(table.rewards, table.correct), location)
         anchors = anchors_of(shard.keys, table, sampling.n)
@@ -82,8 +87,7 @@ def with_trajectory(anchor: Anchor, first: int, batch: RolloutBatch, table: Rewa
     right = np.flatnonzero(table.correct[first : first + anchor.num_rollouts] > 0)
     if len(right) == 0:
         return anchor
-    row = first + int(right[0])
-    return replace(anchor, trajectory=batch.response(row), trajectory_logprobs=batch.response(row, "logprobs"))
+    return replace(anchor, trajectory=batch.trajectory(first + int(right[0])))
 
 
 AnchorSampler = ray.remote(AnchorSamplerCore)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import ray
 
 from thornback.actors.engines import make_engine
+from thornback.actors.episodes import EpisodePlayer, Start
 from thornback.actors.locations import local_model
 from thornback.actors.rollout_memory import RolloutMemory
 from thornback.actors.specs import RolloutSpec
@@ -18,16 +19,18 @@ from thornback.actors.supervision import Home, use_threads
 from thornback.contracts import (
     CACHED_VERSION,
     FINISH_REASONS,
+    Prompt,
     Request,
     RolloutBatch,
     SamplingParams,
     SpeculationStats,
     TensorSpec,
     ThornbackError,
+    Trajectory,
     WeightView,
     offsets_of,
 )
-from thornback.data import PromptLookup
+from thornback.data import PromptLookup, load_tokenizer
 from thornback.engine import Sample, TorchEngine, generate
 from thornback.engine.pass_costs import Costs
 
@@ -36,14 +39,14 @@ from thornback.engine.pass_costs import Costs
 class PromptShard:
     """Prompts for one worker: key, token ids and seed of each. Sample i of a prompt draws from its seed + i.
 
-    `trajectories[i]`, where there is one, is a cached right answer (token ids int32, log-probabilities float32
-    under the model that wrote it) that takes the place of the prompt's last sample (PVPO, section 2.3).
+    `trajectories[i]`, where there is one, is a cached right answer, with its log-probabilities under the model that
+    wrote it, that takes the place of the prompt's last sample (PVPO, section 2.3).
     """
 
     keys: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
     seeds: tuple[int, ...]
-    trajectories: tuple[tuple[np.ndarray, np.ndarray] | None, ...] = ()
+    trajectories: tuple[Trajectory | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -51,12 +54,13 @@ class PromptShard:
 
 @dataclass(frozen=True, slots=True)
 class GenerationReport:
-    """What the driver needs to know of a shard's rollouts: tokens drawn, seconds that it took, and what was speculated
-    (None: nothing ever is)."""
+    """What the driver needs to know of a shard's rollouts: tokens drawn, seconds that it took, what was speculated
+    (None: nothing ever is), and how many environments failed, by cause."""
 
     num_tokens: int
     seconds: float
     speculation: SpeculationStats | None = None
+    failures: Mapping[str, int] = field(default_factory=dict)
 
 
 class RolloutWorkerCore:
@@ -74,16 +78,21 @@ class RolloutWorkerCore:
             config = replace(config, speculation=replace(config.speculation, draft=draft))
         self.memory = RolloutMemory(self.spec.memory_tokens)
         retrievers = (PromptLookup(), self.memory) if config.speculation else ()
-        self.engine = make_engine(self.spec.engine, local_model(self.spec.model), config, retrievers)
+        model = local_model(self.spec.model)
+        self.engine = make_engine(self.spec.engine, model, config, retrievers)
+        self.player: EpisodePlayer | None = None
+        if self.spec.episodes is not None:
+            self.player = EpisodePlayer(self.engine, self.spec.episodes, load_tokenizer(model))
         self.version = 0
         gc.freeze()  # what is loaded by now stays: going through it at every collection costs 5% of a rollout
         return Home.here()
 
     @ray.method(num_returns=2)
     def generate(
-        self, shard: PromptShard, sampling: SamplingParams, version: int
+        self, shard: PromptShard, sampling: SamplingParams, version: int, prompts: tuple[Prompt, ...] = ()
     ) -> tuple[RolloutBatch, GenerationReport]:
-        """Answer each prompt `sampling.n` times with the weights of `version`; raises if others are loaded."""
+        """Answer each prompt `sampling.n` times with the weights of `version`; raises if others are loaded. `prompts`:
+        those of the shard, where the model takes turns with environments."""
         if version != self.version:
             raise ThornbackError(
                 f"A rollout worker holds weights of version {self.version}, but was asked for version {version}."
@@ -96,22 +105,33 @@ class RolloutWorkerCore:
             self.engine.speculation.start_over()
         self.memory.wait()
         before = self.engine.load().speculation
-        trajectories = shard.trajectories or (None,) * len(shard)
-        requests = [
-            Request(str(i), shard.token_ids[i], replace(sampling, seed=shard.seeds[i], n=n))
-            for i, cached in enumerate(trajectories)
-            if (n := sampling.n - (cached is not None)) > 0
-        ]
-        drawn = generate(self.engine, requests)
-        groups = [
-            [*drawn.get(str(i), ()), *([] if cached is None else [cached_sample(*cached)])]
-            for i, cached in enumerate(trajectories)
-        ]
+        groups, failures = self._rollouts(shard, sampling, prompts)
         batch = make_batch(shard, groups)
-        num_tokens = int((batch.versions != CACHED_VERSION).sum())
+        num_tokens = int(((batch.versions != CACHED_VERSION) & (batch.loss_mask > 0)).sum())
         after = self.engine.load().speculation
         drafted = after.since(before) if after is not None and before is not None else None
-        return batch, GenerationReport(num_tokens, time.perf_counter() - started, drafted)
+        return batch, GenerationReport(num_tokens, time.perf_counter() - started, drafted, failures)
+
+    def _rollouts(
+        self, shard: PromptShard, sampling: SamplingParams, prompts: tuple[Prompt, ...]
+    ) -> tuple[list[list[Trajectory]], Mapping[str, int]]:
+        """The rollouts of each prompt, cached ones last; and the environments that failed, by cause."""
+        cached = shard.trajectories or (None,) * len(shard)
+        counts = [sampling.n - (trajectory is not None) for trajectory in cached]
+        failures: Mapping[str, int] = {}
+        if self.player is not None:
+            starts = [Start(*start) for start in zip(prompts, shard.token_ids, shard.seeds, counts, strict=True)]
+            drawn = self.player.play(starts, sampling)
+            failures = dict(self.player.failures)
+        else:
+            requests = [
+                Request(str(i), shard.token_ids[i], replace(sampling, seed=shard.seeds[i], n=n))
+                for i, n in enumerate(counts)
+                if n > 0
+            ]
+            samples = generate(self.engine, requests)
+            drawn = [[_trajectory(sample) for sample in samples.get(str(i), ())] for i in range(len(shard))]
+        return [[*group, *([] if c is None else [c])] for group, c in zip(drawn, cached, strict=True)], failures
 
     def load_weights(self, buffer: np.ndarray, index: tuple[TensorSpec, ...], version: int) -> None:
         """Map published weights: on CPU the parameters become views of `buffer`, which is mapped, not copied."""
@@ -150,32 +170,38 @@ class RolloutWorkerCore:
         self.memory.save(location)
 
 
-def cached_sample(token_ids: np.ndarray, logprobs: np.ndarray) -> Sample:
-    """A cached trajectory as a sample."""
-    return Sample(token_ids, logprobs, np.full(len(token_ids), CACHED_VERSION, np.int32), "stop")
+def _trajectory(sample: Sample) -> Trajectory:
+    """An answer that nobody interrupted."""
+    mask = np.ones(len(sample.token_ids), np.uint8)
+    return Trajectory(sample.token_ids, sample.logprobs, sample.versions, mask, sample.finish_reason)
 
 
-def make_batch(shard: PromptShard, groups: Sequence[Sequence[Sample]]) -> RolloutBatch:
-    """The samples of each prompt as flat arrays, not judged yet."""
-    samples = [sample for group in groups for sample in group]
+def make_batch(shard: PromptShard, groups: Sequence[Sequence[Trajectory]]) -> RolloutBatch:
+    """The rollouts of each prompt as flat arrays, not judged by rewards yet."""
+    rollouts = [rollout for group in groups for rollout in group]
     counts = [len(group) for group in groups]
     prompts = [np.asarray(ids, np.int32) for ids, n in zip(shard.token_ids, counts, strict=True) for _ in range(n)]
-    lengths = [len(sample.token_ids) for sample in samples]
+    turns = [rollout.turn_starts for rollout in rollouts]
     return RolloutBatch(
         prompt_ids=np.concatenate(prompts),
         prompt_offsets=offsets_of([len(p) for p in prompts]),
-        response_ids=np.concatenate([s.token_ids for s in samples]),
-        response_offsets=offsets_of(lengths),
-        logprobs=np.concatenate([s.logprobs for s in samples]),
-        versions=np.concatenate([s.versions for s in samples]),
-        loss_mask=np.ones(sum(lengths), np.uint8),
-        turn_starts=np.zeros(len(samples), np.int32),
-        turn_offsets=np.arange(len(samples) + 1, dtype=np.int64),
+        response_ids=np.concatenate([r.token_ids for r in rollouts]),
+        response_offsets=offsets_of([len(r.token_ids) for r in rollouts]),
+        logprobs=np.concatenate([r.logprobs for r in rollouts]),
+        versions=np.concatenate([r.versions for r in rollouts]),
+        loss_mask=np.concatenate([r.loss_mask for r in rollouts]),
+        turn_starts=np.concatenate(turns),
+        turn_offsets=offsets_of([len(starts) for starts in turns]),
         prompt_keys=np.repeat(np.array(shard.keys, np.str_), counts),
         sample_index=np.concatenate([np.arange(n, dtype=np.int32) for n in counts]),
-        finish_reason=np.array([FINISH_REASONS.index(s.finish_reason) for s in samples], np.int8),
-        correct=np.full(len(samples), np.nan, np.float32),
+        finish_reason=np.array([FINISH_REASONS.index(r.finish_reason) for r in rollouts], np.int8),
+        num_calls=np.array([r.num_calls for r in rollouts], np.int32),
+        correct=np.full(len(rollouts), np.nan, np.float32),
         rewards={},
+        judged={
+            name: np.array([r.judged.get(name, np.nan) for r in rollouts], np.float32)
+            for name in dict.fromkeys(name for r in rollouts for name in r.judged)
+        },
     )
 
 

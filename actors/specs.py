@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from thornback.contracts import EngineConfig
+from thornback.contracts import EngineConfig, InteractiveTask
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeSpec:
+    """Whom the model takes turns with: `make_task` is called where it is used. `max_turns` None: as the task says. An
+    environment that does not answer within `timeout` seconds has failed."""
+
+    make_task: Callable[[], InteractiveTask]
+    max_turns: int | None = None
+    timeout: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutSpec:
     """What a rollout worker is made of. `num_threads` None: every core of its node. `memory_tokens`: so many tokens of
-    rollouts, at most, are remembered to speculate from, where `engine_config.speculation` says to."""
+    rollouts, at most, are remembered to speculate from, where `engine_config.speculation` says to. `episodes` None:
+    an answer is one turn."""
 
     model: str
     engine: str = "torch"
     engine_config: EngineConfig = field(default_factory=EngineConfig)
     num_threads: int | None = None
     memory_tokens: int = 0
+    episodes: EpisodeSpec | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

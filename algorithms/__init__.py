@@ -5,8 +5,10 @@ from thornback.algorithms.alignment import align_runs, runs_of
 from thornback.algorithms.difficulty import fate
 from thornback.algorithms.forests import are_trees, choose, fuse_all, join, learn_all, promise_of, sizes_of, verify_all
 from thornback.algorithms.growth import Growth, Level
+from thornback.algorithms.placement import Node, Placement, PlacementConfig, Placer, Role, State
+from thornback.algorithms.prefixes import PrefixIndex
 from thornback.algorithms.segments import SegmentAllocator
-from thornback.algorithms.speculation import FORGETTING, best_size, record_size
+from thornback.algorithms.speculation import FORGETTING, best_size, record_size, rests
 from thornback.algorithms.trees import (
     agreement,
     ancestor_bits,
@@ -26,7 +28,14 @@ __all__ = [
     "GroupRewards",
     "Growth",
     "Level",
+    "Node",
+    "Placement",
+    "PlacementConfig",
+    "Placer",
+    "PrefixIndex",
+    "Role",
     "SegmentAllocator",
+    "State",
     "agreement",
     "align_runs",
     "ancestor_bits",
@@ -43,6 +52,7 @@ __all__ = [
     "likelihoods",
     "promise_of",
     "record_size",
+    "rests",
     "runs_of",
     "sizes_of",
     "verify",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from thornback.algorithms.compiled import compiled
-from thornback.algorithms.speculation import belief, best_size, doubt, forget, learn, learn_belief, rate
+from thornback.algorithms.speculation import belief, best_size, doubt, forget, learn, learn_belief, learn_rest, rate
 from thornback.algorithms.trees import agreement, fuse, is_tree, likelihoods, verify
 
 _LIKELY = 0.05  # retrieved branches whose first token a draft thinks so likely stay, whatever its other choices
@@ -181,6 +181,7 @@ def learn_all(columns, ends, records, slots, chances, stops, drawn, rows, paths,
                 said[1 + i] = drawn[rows[s] + 1 + path[i]]
                 accepted[i] += 1
             learn_belief(record, len(path), chances[start : stops[s]].sum())
+            learn_rest(record, len(path))
         for source in range(len(ends)):
             begin, stop = _bounds(ends, source, s)
             if stops[s] == start:

@@ -3,6 +3,8 @@
 # mypy: disable-error-code="no-untyped-def, misc"
 from __future__ import annotations
 
+import numpy as np
+
 from thornback.algorithms.compiled import compiled
 
 # How often a guessed token is right before anything is known of a sequence, and for how many guesses that counts.
@@ -10,10 +12,13 @@ _PRIOR, _TRUST = 0.75, 3.0
 FORGETTING = 0.9  # what an earlier pass weighs beside the one after it
 
 
+_MISSES, _LONGEST_REST = 2, 64  # so many trees in a row without a right node are nothing; passes of a rest, at most
+
 # What is remembered of a sequence is a row of float64, `record_size` long: the tokens that were accepted of its trees,
-# and the number that the trees' chances came to; then of each source of guesses, the draft first, the tokens that were
-# right, and those that were tried.
-_ACCEPTED, _PROMISED, _SOURCES = 0, 1, 2
+# and the number that the trees' chances came to; how many trees in a row had no right node, and for how many passes the
+# sequence is not guessed for; then of each source of guesses, the draft first, the tokens that were right, and those
+# that were tried.
+_ACCEPTED, _PROMISED, _MISSED, _REST, _SOURCES = 0, 1, 2, 3, 4
 
 
 def record_size(num_sources: int) -> int:
@@ -62,6 +67,25 @@ def learn_belief(record, num_accepted, promised):
     """A tree whose chances came to `promised` had so many nodes accepted."""
     record[_ACCEPTED] = FORGETTING * record[_ACCEPTED] + num_accepted
     record[_PROMISED] = FORGETTING * record[_PROMISED] + promised
+
+
+@compiled
+def learn_rest(record, num_accepted):
+    """A sequence whose trees have no right node time after time rests, twice as long after each."""
+    record[_MISSED] = 0.0 if num_accepted else record[_MISSED] + 1.0
+    record[_REST] = min(2.0 ** (record[_MISSED] - _MISSES), _LONGEST_REST) if record[_MISSED] > _MISSES else 0.0
+
+
+@compiled
+def rests(records, slots):
+    """Which of the sequences, whose records are in rows `slots` `[S]` (-1: it has none), rest in this pass, bool `[S]`;
+    it counts as one of their rests."""
+    found = np.zeros(len(slots), np.bool_)
+    for s in range(len(slots)):
+        if slots[s] >= 0 and records[slots[s], _REST] > 0.0:
+            records[slots[s], _REST] -= 1.0
+            found[s] = True
+    return found
 
 
 @compiled

@@ -11,7 +11,7 @@ import numpy as np
 
 from thornback.contracts import RolloutBatch
 from thornback.data import read_rollouts
-from thornback.demo import SETTINGS
+from thornback.demo_tasks import DEMOS
 from thornback.train import Trainer, make_config
 from thornback.train.cluster import cluster
 from thornback.train.prompts import seed_of
@@ -23,7 +23,7 @@ Shard = list[tuple[list[int], int]]  # token ids of a prompt, and a seed
 def epoch_settings(directory: Path, prompts_per_step: int, steps_per_epoch: int, warm_steps: int) -> dict[str, Any]:
     """The demo's settings, but for these: fewer prompts, all of them kept, so that an epoch is short; a learning rate
     that does not know where the run ends; no evaluation; and rollouts are speculated and kept."""
-    values: dict[str, Any] = {name: dict(section) for name, section in SETTINGS.items()}  # type: ignore[call-overload]
+    values: dict[str, Any] = {name: dict(section) for name, section in DEMOS["arithmetic"].settings.items()}
     values["run"] = {"dir": str(directory), "seed": SEED, "save_rollouts": True}
     values["task"]["options"] = values["task"]["options"] | {"num_train": prompts_per_step * steps_per_epoch}
     values["data"] = {"prompts_per_step": prompts_per_step}

@@ -55,13 +55,19 @@ class Turns:
         return median(v[name] for v in self.values)
 
     def all(self, name: str) -> list[float]:
-        return [v[name] for v in self.values]
+        """Of all turns that measured it."""
+        return [v[name] for v in self.values if name in v]
 
 
 def alternate(
-    peers: Sequence[Peer], rounds: int, warmups: int = 1, say: Callable[[str], None] = lambda line: None
+    peers: Sequence[Peer],
+    rounds: int,
+    warmups: int = 1,
+    say: Callable[[str], None] = lambda line: None,
+    settle: float = SETTLE_SECONDS,
 ) -> dict[str, Turns]:
-    """Run `warmups` turns of each peer, then `rounds` rounds in rotating order; the measurements by peer's name."""
+    """Run `warmups` turns of each peer, then `rounds` rounds in rotating order; the measurements by peer's name.
+    `settle`: seconds between turns."""
     running: list[_Running] = []
     try:
         for peer in peers:
@@ -74,7 +80,7 @@ def alternate(
             say(f"round {number + 1} of {rounds}")
             first = number % len(running)
             for process in running[first:] + running[:first]:
-                time.sleep(SETTLE_SECONDS)
+                time.sleep(settle)
                 values[process.peer.name].append(process.turn())
     finally:
         for process in running:

@@ -2,8 +2,9 @@
 
 The target, the draft and the store are the `rasd` benchmark's, and so are the tasks, mixed. As many requests begin at
 once as the batch is large, and what is timed is from when all have their first token to when the last has ended: the
-batch stays full. Every turn answers prompts that no turn before it did. Three peers take turns: plain, RASD, and plain
-again, which shows what the machine's noise alone does.
+batch stays full. Every turn answers prompts that no turn before it did, one batch (small ones several times over).
+Three peers take turns: plain, RASD, and plain again, which shows what the machine's noise alone does. All three answer
+a batch before any answers the next, so that what is compared is seconds apart.
 
 `worst_batch`: the least, over the batches, of the lower 95% bound of RASD's tokens per second over plain's (the mean of
 the logarithms of the rounds' ratios, Student's t). The picture beside the JSON shows every batch's, with its bounds.
@@ -25,11 +26,12 @@ from benchmarks.results import Results, run
 from thornback.engine import ACTOR_ENVIRONMENT
 
 SIZES, QUICK_SIZES = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16)
-ROUNDS, WARMUPS = 13, 2
+ROUNDS, WARMUPS = 21, 2  # of all batches
+SETTLE = 0.05  # seconds between turns: none of the three has threads that go on spinning
 NEW_TOKENS, LONGEST_PROMPT = 96, 256
 TEMPERATURE = 0.7
 # Student's t for 95% on one side, by the number of rounds.
-_T = {2: 6.314, 11: 1.812, 12: 1.796, 13: 1.782}
+_T = {2: 6.314, 11: 1.812, 13: 1.782, 21: 1.725}
 PLAIN, AGAIN, RASD = "plain", "plain again", "rasd"
 
 
@@ -52,7 +54,7 @@ def measure(quick: bool, say: Callable[[str], None]) -> Results:
         Peer(name, target, {**settings, "source": RASD if name == RASD else PLAIN}, ACTOR_ENVIRONMENT)
         for name in (PLAIN, RASD, AGAIN)
     ]
-    turns = alternate(peers, rounds, WARMUPS, say=say)
+    turns = alternate(peers, rounds * len(sizes), WARMUPS * len(sizes), say=say, settle=SETTLE)
     results = Results("rasd_batches")
     results.rows = [row(name, size, turns) for name in (RASD, AGAIN) for size in sizes]
     results.ratios = {

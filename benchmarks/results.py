@@ -43,10 +43,14 @@ class Results:
         }
 
 
-def run(name: str, measure: Callable[[bool, Callable[[str], None]], Results]) -> None:
+def run(
+    name: str, measure: Callable[..., Results], add_options: Callable[[argparse.ArgumentParser], None] | None = None
+) -> None:
     """A benchmark's `main`: parse the command line, measure, print, write. `measure` takes `quick` and a way to say
-    what it is doing."""
+    what it is doing, and by name the options that `add_options` adds."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    if add_options is not None:
+        add_options(parser)
     parser.add_argument("--quick", action="store_true", help="few rounds, small sizes: does it work?")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     arguments = parser.parse_args()
@@ -54,10 +58,12 @@ def run(name: str, measure: Callable[[bool, Callable[[str], None]], Results]) ->
     load = os.getloadavg()[0]
     if load > BUSY_LOAD:
         console.print(f"[yellow]Load average {load:.1f}: other processes are at work, and figures will be off.")
-    results = measure(arguments.quick, lambda line: console.print(f"[dim]{line}"))
+    options = {name: value for name, value in vars(arguments).items() if name not in ("quick", "json")}
+    results = measure(arguments.quick, lambda line: console.print(f"[dim]{line}"), **options)
     show(results)
     if arguments.json:
-        command = f"python -m benchmarks.{name}{' --quick' if arguments.quick else ''} --json {arguments.json.name}"
+        given = [Path(word).name if word == str(arguments.json) else word for word in sys.argv[1:]]
+        command = f"python -m benchmarks.{name} {' '.join(given)}"
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         document = {**results.to_json(arguments.quick, command), "load_before": round(load, 2)}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")

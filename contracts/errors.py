@@ -25,12 +25,20 @@ class RewardError(ThornbackError):
     """A reward raised, or returned something that is not a number within its range."""
 
 
+class EnvironmentFailed(ThornbackError):
+    """Environments of too many rollouts raised, or did not answer in time."""
+
+
 class InvalidRequest(ThornbackError, ValueError):
     """A generation request that cannot be served as it stands; the gateway answers 400."""
 
 
 class ActorLost(ThornbackError):
     """An actor died or did not answer within its deadline; names the actor, its node and its work."""
+
+
+class TransferFailed(ThornbackError):
+    """Keys and values could not be fetched from where they were offered; they are computed again."""
 
 
 class NotImproved(ThornbackError):

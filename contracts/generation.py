@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from thornback.contracts.kv import KVExport, KVImport, Lease
+from thornback.contracts.kv import KVExport, KVImport, Lease, Reservation
 from thornback.contracts.sampling import SamplingParams
 from thornback.contracts.speculation import SpeculationConfig, SpeculationStats
 from thornback.contracts.weights import WeightView
@@ -76,8 +76,8 @@ class EngineLoad:
 class EngineConfig:
     """Sizes of an engine, with vLLM's names. `num_blocks` None: enough for `max_num_seqs` full sequences,
     bounded by `kv_cache_memory_bytes`. `max_model_len` None: the model's own. `dtype` "auto": float32 on CPU,
-    bfloat16 on CUDA. `num_threads` None: leave torch's setting alone. `kv_location`: a file in shared memory
-    for the KV pool, so that other processes can map it; "" keeps the pool private. `adapters`: LoRA adapter
+    bfloat16 on CUDA. `num_threads` None: leave torch's setting alone. `kv_location`: "shared", or a file in shared
+    memory, for a KV pool that other processes can map; "" keeps the pool private. `adapters`: LoRA adapter
     directories (peft's layout) by name. `speculation`: verify drafts from the engine's retrievers.
     """
 
@@ -102,7 +102,10 @@ class Engine(Protocol):
 
     Randomness is positional: token t of a sample is drawn by inverse CDF, in order of token id, from the one
     uniform number of (seed, t). So a seed gives the same tokens alone, in any batch, and after preemption.
+    `max_model_len`: the most tokens of a request, its answer included.
     """
+
+    max_model_len: int
 
     def add_request(self, request: Request, kv: KVImport | None = None) -> None:
         """Queue a request. Raises `InvalidRequest` for one that could never run."""
@@ -115,8 +118,12 @@ class Engine(Protocol):
     def step(self) -> list[Output]:
         """One forward pass over the running batch; an empty list when there is nothing to run."""
 
+    def reserve(self, num_tokens: int) -> Reservation | None:
+        """Blocks for the keys and values of so many tokens, which a transport fills before the request comes with
+        them; None where there is no room. Whoever gives up releases the lease."""
+
     def release(self, lease: Lease) -> None:
-        """The receiver has copied an export: free its blocks."""
+        """The receiver has copied an export, or a reservation is not used: free its blocks."""
 
     def load_weights(self, weights: WeightView, version: int, in_flight: InFlight = "finish") -> None:
         """Swap the weights and flush the prefix cache. On CPU the parameters become views of the buffer.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from thornback.contracts import Prompt
+from thornback.contracts import Message, Prompt
 from thornback.data.tasks.arithmetic import ArithmeticTask, Problem
 
 _FILLERS = ("well, ", "ok so ", "hm, ", "let me see, ")
@@ -14,10 +14,11 @@ _FILLERS = ("well, ", "ok so ", "hm, ", "let me see, ")
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A prompt and the text that answers it."""
+    """A prompt and the text that answers it; or `turns`, where an environment's messages stand between the model's."""
 
     prompt: Prompt
-    completion: str
+    completion: str = ""
+    turns: tuple[str | tuple[Message, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

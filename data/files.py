@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +16,7 @@ from thornback.contracts import DataError
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+T = TypeVar("T")
 
 
 class BadRow(str):
@@ -66,23 +67,71 @@ def _names_split(relative: PurePosixPath, split: str) -> bool:
 
 
 def read_rows(file: str) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """`(row number, row)` of one file; numbers are lines of JSON files and count from 1. A row that cannot be parsed
-    comes as a `BadRow`. Raises `DataError` where the file as a whole is unreadable."""
+    """`(row number, row)` of one file; numbers are lines of JSON files, or places in one that is a JSON list, and count
+    from 1. A row that cannot be parsed comes as a `BadRow`. Raises `DataError` where the file as a whole is unreadable.
+    """
     kind = _FORMATS.get(PurePosixPath(file).suffix)
     if kind is None:
         raise DataError(f"{file} has no known format; its name should end in {', '.join(_FORMATS)}.")
     filesystem, path = open_location(file)
     try:
         if kind == "json":
-            yield from _json_rows(filesystem, path)
+            listed = path.endswith(".json") and _is_list(filesystem, path)
+            yield from (_listed_rows if listed else _json_rows)(filesystem, path)
         else:
             number = 0
             for batch in _batches(filesystem, path, kind):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{file} cannot be read as {kind}: {str(error).splitlines()[0]}.") from error
+
+
+def read_checked(
+    locations: Sequence[str],
+    split: str | None,
+    parse: Callable[[dict[str, Any]], T | BadRow | None],
+    what: str,
+    max_bad_rows: int,
+) -> list[T]:
+    """What `parse` makes of the rows of all locations, None left out. Raises `DataError`, with file and row, for more
+    rows than `max_bad_rows` that are no `what`, and where there is nothing at all."""
+    found: list[T] = []
+    bad: list[str] = []
+    for location in locations:
+        files = data_files(location, split)
+        if files is None:
+            raise DataError(f"{location} does not exist; give the path of a file or directory with {what}.")
+        for file in files:
+            for number, row in read_rows(file):
+                parsed = row if isinstance(row, BadRow) else parse(row)
+                if isinstance(parsed, BadRow):
+                    bad.append(f"{file}:{number}: {parsed}")
+                elif parsed is not None:
+                    found.append(parsed)
+    where = ", ".join(locations)
+    if len(bad) > max_bad_rows:
+        raise DataError(
+            f"{where} has {len(bad)} bad rows of {len(bad) + len(found)} ({'; '.join(bad[:3])}); mend them, or allow "
+            "some with max_bad_rows."
+        )
+    if not found:
+        raise DataError(f"{where} holds no {what}.")
+    return found
+
+
+def _is_list(filesystem: fs.FileSystem, path: str) -> bool:
+    with filesystem.open_input_stream(path) as stream:
+        return stream.read(256).lstrip()[:1] == b"["
+
+
+def _listed_rows(filesystem: fs.FileSystem, path: str) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """A whole file as one list, as HotpotQA publishes its own."""
+    with filesystem.open_input_stream(path) as stream:
+        rows = json.loads(stream.read())
+    for number, row in enumerate(rows, start=1):
+        yield number, row if isinstance(row, dict) else BadRow(f"a {type(row).__name__}, not an object")
 
 
 def _json_rows(filesystem: fs.FileSystem, path: str) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:

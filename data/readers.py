@@ -86,11 +86,11 @@ def read_prompts(
             rows += (row for file in files for row in check.rows(file, read_rows(file)))
     prompts = [row for row in rows if isinstance(row, Prompt)]
     bad = [row for row in rows if isinstance(row, BadRowReport)]
-    unique = _unique(prompts)
+    unique = each_once(prompts)
     return PromptSet(", ".join(locations), unique, bad, len(prompts) - len(unique))
 
 
-def _unique(prompts: list[Prompt]) -> list[Prompt]:
+def each_once(prompts: list[Prompt]) -> list[Prompt]:
     """Each problem once, under a key of its own: seeds and anchors hang on keys. Files of one name get a number."""
     said: set[tuple] = set()
     seen: dict[str, int] = {}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from thornback.contracts import Completion, ConfigError, Reward
+from thornback.contracts import BatchReward, Completion, ConfigError, Reward
 from thornback.data.importing import load_object
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -85,22 +85,50 @@ class FunctionReward:
         return self.function(completion)
 
 
-def as_reward(name: str, thing: Any, range: tuple[float, float] | None = None) -> Reward:
-    """A reward of this name from a function of a `Completion`, an object with a `range`, a class of such objects,
-    or the import path of one of these. `range` None: the thing's own, or [0, 1]."""
+@dataclass(frozen=True)
+class ManyReward:
+    """An object with a method `score_all` as a reward."""
+
+    name: str
+    thing: Any = field(repr=False)
+    range: tuple[float, float] = (0.0, 1.0)
+
+    def score_all(self, completions: Sequence[Completion]) -> Sequence[float | Exception | None]:
+        return self.thing.score_all(completions)
+
+    def check(self) -> bool:
+        """Let the thing check itself; False: it does not know how."""
+        if not hasattr(self.thing, "check"):
+            return False
+        self.thing.check()
+        return True
+
+
+def as_reward(
+    name: str, thing: Any, range: tuple[float, float] | None = None, options: Mapping[str, Any] | None = None
+) -> Reward | BatchReward:
+    """A reward of this name from a function of a `Completion`, an object with a `range`, one with a method `score_all`,
+    a class of such objects, which gets `options`, or the import path of one of these. `range` None: the thing's own, or
+    [0, 1]."""
     if isinstance(thing, str):
         thing = load_object(thing)
     if isinstance(thing, type):
-        thing = thing()
-    if not callable(thing):
+        try:
+            thing = thing(**(options or {}))
+        except TypeError as error:
+            raise ConfigError(f"The reward {name} cannot be made with its options: {error}.") from error
+    elif options:
+        raise ConfigError(f"The reward {name} is no class, which alone could take options.")
+    many = hasattr(thing, "score_all")
+    if not many and not callable(thing):
         raise ConfigError(f"The reward {name} is a {type(thing).__name__}; give a function of a Completion.")
     low, high = range if range is not None else getattr(thing, "range", (0.0, 1.0))
     if not low < high:
         raise ConfigError(f"The reward {name} ranges from {low} to {high}; the first must be the smaller.")
-    return FunctionReward(name, thing, (float(low), float(high)))
+    return (ManyReward if many else FunctionReward)(name, thing, (float(low), float(high)))
 
 
-def pick_rewards(available: Iterable[Reward], names: Iterable[str]) -> tuple[Reward, ...]:
+def pick_rewards(available: Iterable[Reward | BatchReward], names: Iterable[str]) -> tuple[Reward | BatchReward, ...]:
     """A task's rewards by name. Raises `ConfigError` for a name that the task does not have."""
     by_name = {reward.name: reward for reward in available}
     for name in names:

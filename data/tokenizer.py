@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from thornback.contracts import DataError
+from thornback.contracts import ConfigError, DataError
 
 # ChatML, as Qwen's models use it.
 CHAT_TEMPLATE = (
@@ -54,6 +54,26 @@ def render_prompt(
         [*system, *messages], add_generation_prompt=True, tokenize=True, return_dict=False
     )
     return list(ids)
+
+
+def render_reply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of what follows the token that ends an assistant's turn, where `messages` answer it and the assistant
+    is to go on.
+
+    They are what the chat template adds to a conversation, so that nothing that was said is encoded again. Raises
+    `ConfigError` for a template that changes earlier turns when later ones come.
+    """
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    before = tokenizer.apply_chat_template(said, tokenize=False)
+    after = tokenizer.apply_chat_template([*said, *messages], add_generation_prompt=True, tokenize=False)
+    if not after.startswith(before):
+        raise ConfigError(
+            f"The chat template of {tokenizer.name_or_path} changes earlier turns when later ones come, so that its "
+            "model cannot take turns with an environment; give the tokenizer a template that only appends."
+        )
+    _, end, rest = before.rpartition(tokenizer.eos_token)
+    added = (rest if end else "") + after[len(before) :]
+    return list(tokenizer(added, add_special_tokens=False).input_ids)
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:

@@ -11,18 +11,20 @@ from thornback.engine.generate import Collector, Sample, generate
 
 if TYPE_CHECKING:
     from thornback.engine.environment import ACTOR_ENVIRONMENT
-    from thornback.engine.kv_pool import KVPool, read_export
+    from thornback.engine.kv_pool import KVPool, pool_exists
     from thornback.engine.model import ModelShape, check_model_directory, load_model
     from thornback.engine.packing import sequence_logprobs
     from thornback.engine.torch_engine import TorchEngine
+    from thornback.engine.transfer import PeerPools, read_export, read_runs, write_runs
     from thornback.engine.weights import bind_weights, copy_parameters, flatten_parameters, tensor_to_numpy
 
 _EXPORTS = {
-    "kv_pool": "KVPool read_export",
+    "kv_pool": "KVPool pool_exists",
     "model": "ModelShape check_model_directory load_model",
     "packing": "sequence_logprobs",
     "environment": "ACTOR_ENVIRONMENT",
     "torch_engine": "TorchEngine",
+    "transfer": "PeerPools read_export read_runs write_runs",
     "weights": "bind_weights copy_parameters flatten_parameters tensor_to_numpy",
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names.split()}
@@ -32,6 +34,7 @@ __all__ = [
     "Collector",
     "KVPool",
     "ModelShape",
+    "PeerPools",
     "Sample",
     "TorchEngine",
     "bind_weights",
@@ -40,9 +43,12 @@ __all__ = [
     "flatten_parameters",
     "generate",
     "load_model",
+    "pool_exists",
     "read_export",
+    "read_runs",
     "sequence_logprobs",
     "tensor_to_numpy",
+    "write_runs",
 ]
 
 

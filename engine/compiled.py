@@ -18,8 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, cfunc, from_dtype, njit, types
-from numba.core import cgutils, config
+from numba import carray, from_dtype, njit, types
+from numba.core import cgutils, config, sigutils
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
+from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
 
 # Sums may be taken in any order and products fused; infinities and NaN keep their meaning.
@@ -44,6 +47,16 @@ def _cache_directory() -> str:
 
 
 _CACHE = _cache_directory()
+
+
+@intrinsic
+def hold(typing_context, array):
+    """Keep an array until here: where only its address is used, its memory is given back after its last mention."""
+
+    def generate(context, builder, signature, arguments):
+        return context.get_dummy_value()
+
+    return types.void(array), generate
 
 
 @intrinsic
@@ -181,16 +194,33 @@ def _num_threads() -> int:
     return 1 if _OPENMP is None else torch.get_num_threads()
 
 
+def _constants(function: Callable) -> tuple:
+    """The numbers that a function was made with, and those of the functions that it was made with."""
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    return tuple(_constants(cell.py_func) if isinstance(cell, Dispatcher) else cell for cell in cells)
+
+
+class _Kept(FunctionCache):
+    """Numba's cache, but for the key: numba's has what a function was made with as pickled, and a compiled function is
+    never pickled twice in the same way."""
+
+    def _index_key(self, sig, codegen) -> tuple:
+        return sig, codegen.magic_tuple(), _constants(self._py_func)
+
+
 class Compiled:
     """A compiled function of a struct, whose first field counts the tasks that were taken."""
 
     def __init__(self, function: Callable, struct: type[ctypes.Structure]) -> None:
         kind = types.void(types.CPointer(from_dtype(np.dtype(struct))))
-        others, config.CACHE_DIR = config.CACHE_DIR, _CACHE
-        try:
-            self._function = cfunc(kind, cache=bool(_CACHE), **OPTIONS)(function)
-        finally:
-            config.CACHE_DIR = others
+        self._function = CFunc(function, sigutils.normalize_signature(kind), locals={}, options=OPTIONS)
+        if _CACHE:
+            others, config.CACHE_DIR = config.CACHE_DIR, _CACHE
+            try:
+                self._function._cache = _Kept(function)
+            finally:
+                config.CACHE_DIR = others
+        self._function.compile()
         self.struct = struct
         self.address = self._function.address
         self._run_alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)

@@ -46,6 +46,11 @@ class Collector:
                     out.finish_reason,
                 )
 
+    def drain(self) -> list[tuple[tuple[str, int], Sample]]:
+        """The samples that have finished since the last call, by request id and index."""
+        finished, self.finished = self.finished, {}
+        return list(finished.items())
+
 
 def generate(engine: Engine, requests: list[Request]) -> dict[str, list[Sample]]:
     """The samples of each request, by request id, in order of their index."""

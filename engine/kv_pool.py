@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import uuid
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from thornback.contracts import STORAGE_DTYPES, KVExport
+from thornback.contracts import SHARED, ConfigError
 from thornback.engine.weights import dtype_name
 
 
@@ -18,8 +20,8 @@ class KVPool:
     Within a block each head's tokens lie together, so that gathering a sequence's blocks gives what attention
     multiplies, without another copy.
 
-    With a `location` (a path, best under /dev/shm) the pool lies in that file, and other processes of the node
-    can map it.
+    With a `location` the pool lies in shared memory, and other processes of the node can map it: in that file, best
+    under /dev/shm, or, `SHARED`, in memory that goes when this process does, however it ends.
     """
 
     def __init__(
@@ -30,16 +32,26 @@ class KVPool:
         device: torch.device,
         location: str = "",
     ) -> None:
+        if location and device.type != "cpu":
+            raise ConfigError(
+                f"A pool of keys and values on {device} cannot be shared between processes yet: serve without prefill "
+                "replicas, or with engine.device=cpu."
+            )
         shape = (num_blocks, *block_shape)
-        self.location = location
+        self.location = _anonymous() if location == SHARED else location
         self.block_shape = block_shape
         self.dtype = dtype_name(dtype)
         if location:
-            size = int(np.prod(shape))
-            self.tensor: Tensor = torch.from_file(location, shared=True, size=size, dtype=dtype).view(shape)
+            size, path = int(np.prod(shape)), self.location.partition("#")[0]
+            self.tensor: Tensor = torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
         else:
             # Zeroed memory comes untouched from the kernel: blocks cost real memory only once they are used.
             self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The pool's memory, uint8 `[num_blocks, bytes of a block]`; only where it is the processor's."""
+        return self.tensor.view(len(self.tensor), -1).view(torch.uint8).numpy()
 
     def write(self, blocks: Sequence[int], data: np.ndarray) -> None:
         """Fill `blocks` from `data` `[len(blocks), *block_shape]` (bfloat16 as uint16); layers that only one of
@@ -65,19 +77,19 @@ class KVPool:
         self.tensor[target] = self.tensor[source]
 
 
-def read_export(export: KVExport) -> np.ndarray:
-    """Copy an exported request's blocks out of another process's pool file: `[num_blocks, *block_shape]`.
+def _anonymous() -> str:
+    """Where other processes find a new file that has no name in any directory: the path of this process' descriptor,
+    and behind a # how the file calls itself, since descriptors and processes' numbers are used again."""
+    name = f"thornback-kv-{uuid.uuid4().hex}"
+    return f"/proc/{os.getpid()}/fd/{os.memfd_create(name)}#{name}"
 
-    One copy a run of neighbouring blocks, straight from the mapped file.
-    """
-    storage = np.dtype(STORAGE_DTYPES[export.dtype])
-    block_bytes = int(np.prod(export.block_shape)) * storage.itemsize
-    mapped = np.memmap(export.location, mode="r", dtype=np.uint8)
-    num_blocks = sum(run.length for run in export.runs)
-    out = np.empty((num_blocks, *export.block_shape), storage)
-    flat, at = out.view(np.uint8).reshape(-1), 0
-    for run in export.runs:
-        size = run.length * block_bytes
-        flat[at : at + size] = mapped[run.start * block_bytes : run.start * block_bytes + size]
-        at += size
-    return out
+
+def pool_exists(location: str) -> bool:
+    """Whether a pool's memory can be reached from this process."""
+    path, _, name = location.partition("#")
+    if not name:
+        return bool(path) and os.path.exists(path)
+    try:
+        return name in os.readlink(path)
+    except OSError:
+        return False

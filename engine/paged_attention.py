@@ -11,7 +11,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from thornback.engine.attention_steps import add_values, hide, highest, lanes_of, products, weigh
-from thornback.engine.compiled import OPTIONS, Compiled, Kernel, fetch, floats, integers, next_task
+from thornback.engine.compiled import OPTIONS, Compiled, Kernel, fetch, floats, hold, integers, next_task
 from thornback.engine.vectors import LANES
 
 NO_WINDOW = 1 << 40
@@ -194,6 +194,9 @@ def attention_kernel(heads: int, kv_heads: int, width: int, size: int) -> Compil
                     row, column = (s - first) * group + g, (head * group + g) * width
                     for i in range(width):
                         out[tokens[s], column + i] = sums[row, i] / total[row]
+        hold(queries)
+        hold(sums)
+        hold(scores)
 
     return attend
 

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from thornback.engine.compiled import Kernel, floats, next_task
+from thornback.engine.compiled import Kernel, floats, hold, next_task
 from thornback.engine.vectors import LANES, WIDE, exponential, load, multiply_add, splat, store
 
 _ROWS = 8 if WIDE else 4  # of a tile: twice as many vector registers hold it, and there are 32 or 16
@@ -112,6 +112,8 @@ def product(args):
                 for i in range(width):
                     before = out[first + row, column + i] if then == ADD else float32(0)
                     out[first + row, column + i] = before + tile[row, i]
+    hold(tile)
+    hold(spare)
 
 
 def rows_per_task(num: int, outputs: int) -> int:

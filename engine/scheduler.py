@@ -48,6 +48,8 @@ class Scheduler:
             seq = self.running[position]
             num_tokens = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
             while not self.blocks.grow(seq, seq.num_computed_tokens + num_tokens):
+                if self._take_back(None):
+                    continue
                 preempted = True
                 if self.preempt(self.running[-1]) is seq:
                     break
@@ -67,12 +69,25 @@ class Scheduler:
                 self.blocks.reuse_prefix(seq)
             num_tokens = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
             if not self.blocks.grow(seq, seq.num_computed_tokens + num_tokens):
-                self.drop_blocks(seq)
+                if seq.kv is None:
+                    self.drop_blocks(seq)
+                if not self.running and self._take_back(seq):  # else who runs will make room
+                    continue
                 break
             self.running.append(self.waiting.popleft())
             batch.append(self.scheduled(seq, num_tokens))
             budget -= num_tokens
         return batch
+
+    def _take_back(self, spared: Sequence | None) -> bool:
+        """Take the blocks of the youngest waiting sequence whose keys and values have arrived, and but for `spared`:
+        they are computed again when it runs."""
+        for seq in reversed(self.waiting):
+            if seq.block_table and seq is not spared:
+                self.drop_blocks(seq)
+                seq.kv = None
+                return True
+        return False
 
     def _has_room(self, item: Scheduled, num_draft_tokens: int, budget: int) -> bool:
         """Whether a draft may be verified in this pass: it takes what is free, and nothing from anybody."""

@@ -19,6 +19,7 @@ from thornback.algorithms import (
     learn_all,
     promise_of,
     record_size,
+    rests,
     sizes_of,
     verify_all,
 )
@@ -185,6 +186,8 @@ class Speculation:
         self._started, self._drafting = time.perf_counter(), 0.0
         self._shape = len(sequences), num_tokens
         if load.drafts:
+            resting = rests(self._records, np.array([seq.slot for seq in eligible], np.int64))
+            eligible = [seq for seq, rest in zip(eligible, resting.tolist(), strict=True) if not rest]
             self._guess(eligible, self._config, (len(sequences), num_tokens))
             if self.guesses is not None:
                 self._shape = len(sequences), num_tokens + len(self.guesses.tokens)
@@ -205,7 +208,8 @@ class Speculation:
         if isinstance(self._load, KnownRate):
             plain = self._costs.plain(self._shape[0])
             if plain:
-                self._load.observe(num_tokens, self._costs.guessed(*self._shape), self._shape[0] / plain)
+                seconds = plain if self.guesses is None else self._costs.guessed(*self._shape)
+                self._load.observe(num_tokens, seconds, self._shape[0] / plain)
         elif self._load is not None:
             seconds, expected = took, self._costs.guessed(*self._shape)
             if self._drafter is not None and self._worth is not None and self._worth.drafted:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import xgrammar
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from thornback.contracts import InvalidRequest
+
+if TYPE_CHECKING:
+    import xgrammar
 
 
 class GrammarCompiler:
     """Compiles schemas for one tokenizer; compiled ones are cached."""
 
     def __init__(self, model: str | Path, vocab_size: int, stop_token_ids: list[int]) -> None:
+        import xgrammar  # takes seconds, and few engines are ever asked for JSON
+        from transformers import AutoTokenizer
+
+        self._xgrammar = xgrammar
         tokenizer = AutoTokenizer.from_pretrained(model)
         info = xgrammar.TokenizerInfo.from_huggingface(
             tokenizer, vocab_size=vocab_size, stop_token_ids=sorted(stop_token_ids)
@@ -33,11 +39,11 @@ class GrammarCompiler:
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise InvalidRequest(f"The JSON schema cannot be followed: {reason}") from error
-        return xgrammar.GrammarMatcher(grammar)
+        return self._xgrammar.GrammarMatcher(grammar)
 
     def banned(self, matchers: list[xgrammar.GrammarMatcher | None]) -> Tensor:
         """bool `[B, V]`: the tokens that each row's matcher forbids (None: forbids nothing)."""
-        bits = xgrammar.allocate_token_bitmask(len(matchers), self.vocab_size)
+        bits = self._xgrammar.allocate_token_bitmask(len(matchers), self.vocab_size)
         for row, matcher in enumerate(matchers):
             if matcher is None:
                 bits[row].fill_(-1)

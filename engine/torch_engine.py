@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from xgrammar import GrammarMatcher
 
 from thornback.algorithms import runs_of
 from thornback.contracts import (
@@ -26,6 +26,7 @@ from thornback.contracts import (
     ModelError,
     Output,
     Request,
+    Reservation,
     Retriever,
     WeightView,
 )
@@ -39,6 +40,7 @@ from thornback.engine.leases import Leases
 from thornback.engine.lora import AdapterSet
 from thornback.engine.model import ModelShape, load_model
 from thornback.engine.model_runner import ModelRunner, fresh_seeds
+from thornback.engine.requests import check_request
 from thornback.engine.sampler import Sampled
 from thornback.engine.scheduler import Scheduled, Scheduler
 from thornback.engine.sequence import Sequence
@@ -46,6 +48,9 @@ from thornback.engine.speculation import Guesses, Speculation
 from thornback.engine.step_trials import time_steps
 from thornback.engine.structured import GrammarCompiler
 from thornback.engine.weights import bind_weights
+
+if TYPE_CHECKING:
+    from xgrammar import GrammarMatcher
 
 
 @dataclass(slots=True)
@@ -138,10 +143,16 @@ class TorchEngine:
     # Requests
 
     def add_request(self, request: Request, kv: KVImport | None = None) -> None:
-        self._check(request)
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"Request id {request.request_id} is in use; ids must be unique while they run.")
+        check_request(request, self.shape.vocab_size, self.max_model_len, self.runner.adapters.names)
         sampling = request.sampling
-        if kv is not None and kv.weight_version != self.weight_version:
-            kv = None  # keys and values of other weights are of no use: they are computed here
+        arrived: list[int] | None = []
+        if kv is not None and isinstance(kv.blocks, Reservation):
+            arrived = self._leases.take(kv.blocks)
+        if kv is not None and (kv.weight_version != self.weight_version or arrived is None):
+            self.blocks.release(arrived or [])
+            arrived, kv = [], None  # of other weights, or given up meanwhile: they are computed here
         seed = next(self._seeds) if sampling.seed is None else sampling.seed
         eos = frozenset() if sampling.ignore_eos else self.shape.eos_token_ids
         sequences = [
@@ -161,6 +172,7 @@ class TorchEngine:
             for index in range(sampling.n)
         ]
         sequences[0].siblings = sequences[1:]
+        sequences[0].block_table = arrived or []
         self._sequences[request.request_id] = list(sequences)
         self.scheduler.waiting.append(sequences[0])
 
@@ -174,29 +186,6 @@ class TorchEngine:
         for token in request.output_token_ids:
             matcher.accept_token(token)
         return matcher
-
-    def _check(self, request: Request) -> None:
-        prompt, sampling = request.prompt_token_ids, request.sampling
-        length = len(prompt) + len(request.output_token_ids)
-        if request.request_id in self._sequences:
-            raise InvalidRequest(f"Request id {request.request_id} is in use; ids must be unique while they run.")
-        if not prompt:
-            raise InvalidRequest("The prompt is empty; give at least one token.")
-        if min(prompt) < 0 or max(prompt) >= self.shape.vocab_size:
-            raise InvalidRequest(
-                f"The prompt holds token {max(max(prompt), -min(prompt))}, but the vocabulary has "
-                f"{self.shape.vocab_size} tokens."
-            )
-        if length >= self.max_model_len:
-            raise InvalidRequest(
-                f"The prompt has {length} tokens, but this engine holds {self.max_model_len} a request, "
-                "the answer included; shorten the prompt or raise max_model_len."
-            )
-        if request.output_token_ids and (sampling.n > 1 or len(request.output_token_ids) >= sampling.max_tokens):
-            raise InvalidRequest("A request that goes on after earlier output needs n = 1 and room below max_tokens.")
-        if request.adapter is not None and request.adapter not in self.runner.adapters.names:
-            known = ", ".join(sorted(self.runner.adapters.names)) or "none"
-            raise InvalidRequest(f"There is no adapter named {request.adapter}; loaded: {known}.")
 
     def abort_request(self, request_id: str) -> None:
         for seq in self._sequences.pop(request_id, ()):
@@ -364,8 +353,8 @@ class TorchEngine:
 
     def _take_import(self, seq: Sequence) -> None:
         if seq.kv is not None:
-            used = self.blocks.blocks_for(seq.kv.num_tokens)
-            self.pool.write(seq.block_table[:used], seq.kv.blocks)
+            if not isinstance(seq.kv.blocks, Reservation):
+                self.pool.write(seq.block_table[: self.blocks.blocks_for(seq.kv.num_tokens)], seq.kv.blocks)
             if self.drafter is not None:
                 self.drafter.take_import(seq, seq.kv)
             seq.kv = None
@@ -391,6 +380,10 @@ class TorchEngine:
             hidden=read[1],
         )
 
+    def reserve(self, num_tokens: int) -> Reservation | None:
+        self._leases.expire()
+        return self._leases.reserve(self.blocks.blocks_for(num_tokens))
+
     def release(self, lease: Lease) -> None:
         self._leases.release(lease)
 
@@ -410,7 +403,9 @@ class TorchEngine:
         self.flush_prefix_cache()
         for seqs in list(self._sequences.values()):
             for seq in seqs:
-                seq.kv = None
+                if seq.kv is not None:
+                    self.scheduler.drop_blocks(seq)
+                    seq.kv = None
                 if in_flight == "recompute" and seq in self.scheduler.running:
                     self.scheduler.preempt(seq)
                 elif seq.block_table:

@@ -21,6 +21,7 @@ from thornback.contracts import (
     Lease,
     Output,
     Request,
+    Reservation,
     SamplingParams,
     WeightView,
 )
@@ -56,7 +57,7 @@ class VllmEngine:
             "disable_log_stats": True,
         }
         self._llm = LLMEngine.from_engine_args(EngineArgs(**{**arguments, **options}))
-        self._max_model_len: int = self._llm.model_config.max_model_len
+        self.max_model_len: int = self._llm.model_config.max_model_len
         self._live: dict[tuple[str, int], int | None] = {}  # how many alternatives each unfinished sample wants
         self._version = 0
         self._paused = False
@@ -64,9 +65,9 @@ class VllmEngine:
     def add_request(self, request: Request, kv: KVImport | None = None) -> None:
         if not request.prompt_token_ids:
             raise InvalidRequest("The prompt is empty; give at least one token.")
-        if len(request.prompt_token_ids) >= self._max_model_len:
+        if len(request.prompt_token_ids) >= self.max_model_len:
             raise InvalidRequest(
-                f"The prompt has {len(request.prompt_token_ids)} tokens, but this engine holds {self._max_model_len} "
+                f"The prompt has {len(request.prompt_token_ids)} tokens, but this engine holds {self.max_model_len} "
                 "a request, the answer included; shorten the prompt or raise max_model_len."
             )
         if request.export_kv or request.output_token_ids or request.adapter or request.sampling.truncates:
@@ -115,6 +116,9 @@ class VllmEngine:
                 )
             )
         return outputs
+
+    def reserve(self, num_tokens: int) -> Reservation | None:
+        return None  # it takes no hand-overs
 
     def release(self, lease: Lease) -> None:
         raise InvalidRequest(f"The vLLM engine hands no keys and values out, so it knows no lease {lease.lease_id}.")

@@ -54,7 +54,7 @@ async def chat(gateway: Gateway, request: ChatRequest) -> Response:
         json_schema=_schema(request),
     )
     job = _Chat(gateway, request, len(prompt), Envelope("chatcmpl", gateway.model_name))
-    chunks = job.chunks(gateway.generate([prompt], sampling, bool(request.stream)))
+    chunks = job.chunks(gateway.generate([prompt], sampling, request))
     if request.stream:
         return await streamed(chunks, job.envelope)
     return whole(await job.gather(chunks), job.envelope)

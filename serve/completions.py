@@ -32,7 +32,7 @@ async def complete(gateway: Gateway, request: CompletionRequest) -> Response:
         prompt_logprobs=request.logprobs if request.echo else None,
     )
     job = _Completion(gateway, request, prompts, Envelope("cmpl", gateway.model_name))
-    chunks = job.chunks(gateway.generate(prompts, sampling, bool(request.stream)))
+    chunks = job.chunks(gateway.generate(prompts, sampling, request))
     if request.stream:
         return await streamed(chunks, job.envelope)
     return whole(await job.gather(chunks), job.envelope)

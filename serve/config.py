@@ -105,6 +105,11 @@ class ServeConfig(BaseModel):
     """The address to listen on; 0.0.0.0 listens on every interface."""
     port: int = Field(default=8000, ge=0, le=65535)
     """The port to listen on; 0 takes a free one."""
+    proxy_location: Literal["EveryNode", "HeadOnly"] = "EveryNode"
+    """The nodes of a cluster on which Ray Serve listens, where this starts it: those with replicas, or the head."""
+    haproxy: bool = False
+    """Listen with HAProxy instead of Ray Serve's Python proxy, where the server has a Ray of its own: requests, \
+streams and refusals take a part of the time. Linux on x86-64 only."""
     app_name: str = "thornback"
     """The name of the Ray Serve application."""
     ray_address: str = ""
@@ -112,12 +117,29 @@ class ServeConfig(BaseModel):
     api_keys: list[str] = []
     """Keys of which clients must send one as a bearer token; THORNBACK_API_KEYS adds some, separated by commas. \
 None: everybody may ask."""
+    weight_updates: bool = False
+    """Whether POST /update_weights_from_disk is answered: whoever may send it chooses what the server says."""
     num_replicas: int = Field(default=1, ge=1)
     """Copies of the model, each with its own engine."""
+    prefill_replicas: int = Field(default=0, ge=0)
+    """Copies of the model that compute prompts, whose keys and values those of num_replicas take over to answer \
+(FlowKV). 0: every replica does both."""
+    split_tokens: int = Field(default=64, ge=1)
+    """Shorter prompts are computed where they are answered."""
+    first_token_seconds: float | None = Field(default=None, gt=0)
+    """Where all replicas are busy, requests whose first token would come later are refused at once. None: they wait."""
+    token_seconds: float = Field(default=0.1, gt=0)
+    """Replicas are busy where the tokens of an answer lie this many seconds apart."""
     max_replicas: int | None = Field(default=None, ge=1)
     """Lets Ray Serve scale between num_replicas and this many by load. None: no scaling."""
-    target_ongoing_requests: int = Field(default=32, ge=1)
-    """Requests a replica at which scaling adds another."""
+    max_prefill_replicas: int | None = Field(default=None, ge=1)
+    """The same for prefill_replicas."""
+    upscale_delay_s: float = Field(default=5.0, ge=0)
+    """Seconds of load before replicas are added."""
+    downscale_delay_s: float = Field(default=60.0, ge=0)
+    """Seconds without load before replicas are taken away."""
+    gateway_replicas: int = Field(default=1, ge=1)
+    """Gateways, each of which has limits of its own and places its own requests."""
     threads_per_replica: int | None = Field(default=None, ge=1)
     """Torch threads of an engine. None: torch's own choice."""
     cpus_per_replica: float = Field(default=1.0, ge=0)
@@ -132,8 +154,11 @@ None: everybody may ask."""
 
     @model_validator(mode="after")
     def _replicas_in_order(self) -> ServeConfig:
-        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
-            raise ValueError(f"max_replicas is {self.max_replicas}, but num_replicas is {self.num_replicas}")
+        for most, least in (("max_replicas", "num_replicas"), ("max_prefill_replicas", "prefill_replicas")):
+            if getattr(self, most) is not None and getattr(self, most) < getattr(self, least):
+                raise ValueError(f"{most} is {getattr(self, most)}, but {least} is {getattr(self, least)}")
+        if self.max_prefill_replicas and not self.prefill_replicas:
+            raise ValueError("max_prefill_replicas is set, but prefill_replicas is 0: no pool of their own")
         return self
 
 

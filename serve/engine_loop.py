@@ -1,4 +1,4 @@
-"""One engine in a thread of its own, and streams of its outputs for an asyncio loop."""
+"""One engine in a thread of its own; its outputs cross to an asyncio loop."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol
 
-from thornback.contracts import Engine, EngineLoad, Output, Request
-from thornback.serve.outputs import merge_outputs
+from thornback.contracts import Engine, EngineLoad, KVImport, Output, Request
 
 JOIN_TIMEOUT_S = 30.0
+IDLE_S = 5.0
+NEW = 0.1  # what a step weighs beside those before it
 Command = Callable[[], None]
 
 
@@ -21,15 +22,17 @@ class EngineFailed(RuntimeError):
     """The engine raised in a step; its replica is of no more use."""
 
 
-class OutputStream:
-    """What one request has produced and nobody has read. Written and read on the asyncio loop only."""
+class Customer(Protocol):
+    """Who is told of an engine's work, on the asyncio loop."""
 
-    def __init__(self) -> None:
-        self.pending: list[Output] = []
-        self.open_samples = 0
-        self.error: BaseException | None = None
-        self.arrived = asyncio.Event()
-        self.ended = asyncio.Event()
+    def deliver(self, outputs: list[Output]) -> None:
+        """What one step has produced."""
+
+    def reject(self, request_id: str, error: Exception) -> None:
+        """The engine does not take a request."""
+
+    def fail(self, error: BaseException) -> None:
+        """A step has raised; nothing comes after this."""
 
 
 class EngineLoop:
@@ -39,19 +42,16 @@ class EngineLoop:
     are steps, however many requests run.
     """
 
-    def __init__(
-        self, make_engine: Callable[[], Engine], on_failure: Callable[[BaseException], None] | None = None
-    ) -> None:
-        """`on_failure` is called on the asyncio loop when a step has raised and every stream has been told."""
-        self._on_failure = on_failure
+    def __init__(self, make_engine: Callable[[], Engine], customer: Customer) -> None:
+        self._customer = customer
         self._loop = asyncio.get_running_loop()
         self._commands: deque[Command] = deque()
         self._wake = threading.Condition()
         self._closing = False
-        self._streams: dict[str, OutputStream] = {}
         self.failure: BaseException | None = None
         self.engine: Engine | None = None
         self.load: EngineLoad | None = None  # as of the last step, for whoever cannot wait for the next one
+        self.step_seconds = 0.0  # between two tokens of a sample, of late, while no prompts are computed
         self._ready: Future[Engine] = Future()
         self._thread = threading.Thread(target=self._run, args=(make_engine,), name="engine", daemon=True)
         self._thread.start()
@@ -60,44 +60,21 @@ class EngineLoop:
         """Wait for the engine to be built; raises what its constructor raised."""
         return await asyncio.wrap_future(self._ready)
 
-    @property
-    def num_streams(self) -> int:
-        return len(self._streams)
+    def add(self, request: Request, kv: KVImport | None = None) -> None:
+        """Begin a request, with the keys and values that came with it. Raises `EngineFailed`."""
+        self._submit(lambda: self._add(request, kv))
 
-    async def stream(self, request: Request, gap_per_stream_s: float | None) -> AsyncGenerator[list[Output], None]:
-        """The outputs of a request, at most one for each of its samples in each item.
-
-        The first tokens come at once; after them, items lie `gap_per_stream_s` seconds apart for every other stream
-        that runs, and hold all that was produced meanwhile. None: one item, at the end. Leaving the iterator aborts
-        the request. Raises what the engine raises of the request (`InvalidRequest`), and `EngineFailed`.
-        """
-        stream = self._streams[request.request_id] = OutputStream()
-        stream.open_samples = request.sampling.n
-        self._submit(lambda: self._add(request))
-        try:
-            while True:
-                await (stream.ended if gap_per_stream_s is None else stream.arrived).wait()
-                stream.arrived.clear()
-                if stream.error is not None:
-                    raise stream.error
-                items, stream.pending = stream.pending, []
-                if items:
-                    yield merge_outputs(items)
-                if stream.ended.is_set() and not stream.pending:
-                    return
-                gap_s = (gap_per_stream_s or 0.0) * (self.num_streams - 1)
-                if gap_s and not stream.ended.is_set():
-                    await _wait(stream.ended, gap_s)  # its end is worth an item of its own
-        finally:
-            self._streams.pop(request.request_id, None)
-            if not stream.ended.is_set():
-                self._submit(lambda: self._abort(request.request_id))
+    def abort(self, request_id: str) -> None:
+        """End a request, if it has not ended."""
+        self.submit(lambda engine: engine.abort_request(request_id))
 
     async def call(self, function: Callable[[Engine], Any]) -> Any:
-        """Run `function(engine)` between two steps, in the engine's thread."""
+        """Run `function(engine)` between two steps, in the engine's thread. Raises `EngineFailed`."""
         result: Future[Any] = Future()
 
         def command() -> None:
+            if not result.set_running_or_notify_cancel():
+                return  # nobody waits for it any more
             try:
                 assert self.engine is not None
                 result.set_result(function(self.engine))
@@ -107,6 +84,11 @@ class EngineLoop:
         self._submit(command)
         return await asyncio.wrap_future(result)
 
+    def submit(self, function: Callable[[Engine], Any]) -> None:
+        """The same, without waiting for it; nothing is done if the engine has failed."""
+        if self.failure is None:
+            self._submit(lambda: function(self.engine))  # type: ignore[arg-type]
+
     def close(self) -> None:
         """Stop after the step that runs now."""
         with self._wake:
@@ -114,14 +96,14 @@ class EngineLoop:
             self._wake.notify()
         self._thread.join(JOIN_TIMEOUT_S)
 
-    # In the engine's thread
-
     def _submit(self, command: Command) -> None:
         if self.failure is not None:
             raise EngineFailed(f"The engine of this replica has failed: {self.failure!r}")
         with self._wake:
             self._commands.append(command)
             self._wake.notify()
+
+    # In the engine's thread
 
     def _run(self, make_engine: Callable[[], Engine]) -> None:
         try:
@@ -137,67 +119,40 @@ class EngineLoop:
                 pass
         except BaseException as error:
             self.failure = error
-            self._loop.call_soon_threadsafe(self._fail_all, error)
+            self._tell(self._customer.fail, error)
 
     def _serve_once(self, engine: Engine) -> bool:
-        """Take what was asked, then one step; False when it is time to end."""
+        """Take what was asked, then one step, now and then without work; False when it is time to end."""
         with self._wake:
             while not self._commands and not self._closing and not engine.has_unfinished_requests():
-                self._wake.wait()
+                if not self._wake.wait(IDLE_S):
+                    break  # a step without work frees what dead peers held
             if self._closing:
                 return False
             commands, self._commands = self._commands, deque()
+        began, before = time.monotonic(), self.load.num_running if self.load is not None else 0
         for command in commands:
             command()
         outputs = engine.step()
         self.load = engine.load()
         if outputs:
-            self._loop.call_soon_threadsafe(self._deliver, outputs)
+            ended = sum(output.finish_reason is not None for output in outputs)
+            if len(outputs) == before == self.load.num_running + ended:  # it has computed no part of a prompt
+                tokens = sum(len(output.token_ids) for output in outputs)
+                seconds = (time.monotonic() - began) * len(outputs) / tokens
+                self.step_seconds += (seconds - self.step_seconds) * (NEW if self.step_seconds else 1.0)
+        if outputs:
+            self._tell(self._customer.deliver, outputs)
         elif engine.has_unfinished_requests():
             time.sleep(0.001)  # paused, or every block is leased out: nothing runs until somebody acts
         return True
 
-    def _add(self, request: Request) -> None:
+    def _add(self, request: Request, kv: KVImport | None) -> None:
         assert self.engine is not None
         try:
-            self.engine.add_request(request)
+            self.engine.add_request(request, kv)
         except Exception as error:
-            self._loop.call_soon_threadsafe(self._fail, request.request_id, error)
+            self._tell(self._customer.reject, request.request_id, error)
 
-    def _abort(self, request_id: str) -> None:
-        assert self.engine is not None
-        self.engine.abort_request(request_id)
-
-    # On the asyncio loop
-
-    def _deliver(self, outputs: list[Output]) -> None:
-        for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is None:
-                continue  # the reader has left
-            stream.pending.append(output)
-            stream.open_samples -= output.finish_reason is not None
-            if stream.open_samples == 0:
-                stream.ended.set()
-            stream.arrived.set()
-
-    def _fail(self, request_id: str, error: BaseException) -> None:
-        stream = self._streams.get(request_id)
-        if stream is not None:
-            stream.error = error
-            stream.ended.set()
-            stream.arrived.set()
-
-    def _fail_all(self, error: BaseException) -> None:
-        for request_id in list(self._streams):
-            self._fail(request_id, EngineFailed(f"The engine raised in a step: {error!r}"))
-        if self._on_failure is not None:
-            self._on_failure(error)
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        pass
+    def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
+        self._loop.call_soon_threadsafe(function, *arguments)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from thornback.contracts import FinishReason, Output, Request
 from thornback.serve.detokenizer import Detokenizer
+from thornback.serve.limits import Deadlines
 from thornback.serve.metrics import Metrics
 from thornback.serve.pool import ReplicaPool
 from thornback.serve.stop_strings import StopStrings
@@ -73,13 +74,13 @@ async def generate_pieces(
     metrics: Metrics,
     *,
     streaming: bool,
-    timeout_s: float,
+    deadlines: Deadlines,
 ) -> AsyncGenerator[Piece, None]:
     """Pieces of the samples of one request, until all have ended. Leaving the iterator aborts the request."""
     sampling = request.sampling
     samples = [_Sample(request, Detokenizer(text.decode), StopStrings(sampling.stop)) for _ in range(sampling.n)]
     # Stop strings end a request early, so its text must be looked at as it comes.
-    outputs = pool.generate(request, streaming or bool(sampling.stop), timeout_s)
+    outputs = pool.generate(request, streaming or bool(sampling.stop), deadlines)
     clock = metrics.request_clock(len(request.prompt_token_ids))
     try:
         async for items in outputs:

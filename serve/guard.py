@@ -10,9 +10,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from thornback.serve.errors import ApiError, TooLarge, Unauthorized
 from thornback.serve.replies import error_response
 
+GUARDED = ("/v1", "/update_weights")
+
 
 class Guard:
-    """Refuses requests below /v1 without a key (if there are keys), and bodies that are too large."""
+    """Refuses requests below /v1, and those that change the server, without a key (if there are keys), and bodies that
+    are too large."""
 
     def __init__(self, app: ASGIApp, api_keys: tuple[str, ...], max_body_bytes: int) -> None:
         self._app = app
@@ -25,7 +28,7 @@ class Guard:
             return
         try:
             headers = Headers(scope=scope)
-            if self._keys and scope["path"].startswith("/v1"):
+            if self._keys and scope["path"].startswith(GUARDED):
                 self._check_key(headers)
             body = await self._body(headers, receive)
         except ApiError as error:

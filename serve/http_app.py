@@ -24,6 +24,8 @@ from thornback.serve.protocol import (
     Health,
     ModelCard,
     ModelList,
+    UpdateWeightsRequest,
+    UpdateWeightsResponse,
 )
 from thornback.serve.replies import error_response
 from thornback.serve.validation import bad_request
@@ -37,6 +39,8 @@ def build_http_app(gateway: Gateway, api_keys: tuple[str, ...]) -> FastAPI:
     _add_generation(app, gateway)
     _add_models(app, gateway)
     _add_operations(app, gateway)
+    if gateway.config.weight_updates:
+        _add_weights(app, gateway)
     _add_errors(app, gateway)
     describe_api(app, gateway.model_name, bool(api_keys))
     app.add_middleware(Guard, api_keys=api_keys, max_body_bytes=gateway.limits.max_body_bytes)
@@ -77,16 +81,23 @@ def _add_operations(app: FastAPI, gateway: Gateway) -> None:
     async def health() -> Health:
         """200 while a replica can answer; names the oldest weights that do."""
         await gateway.description()
-        loads = await gateway.pool.loads()
-        if not loads:
+        reports = gateway.pool.reports()
+        if not reports:
             raise Unavailable("No replica is ready.", code="not_ready", headers=RETRY_AFTER)
-        return Health(model=gateway.model_name, weight_version=min(load.weight_version for load in loads.values()))
+        return Health(model=gateway.model_name, weight_version=min(r.engine.weight_version for r in reports))
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters for Prometheus."""
-        page = gateway.metrics.render(await gateway.pool.loads(), gateway.admission.num_queued)
+        page = gateway.metrics.render(gateway.pool.reports(), await gateway.all_counters(), gateway.pool.lent())
         return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_weights(app: FastAPI, gateway: Gateway) -> None:
+    @app.post("/update_weights_from_disk", responses=responses(400, 401, 413, 503, 504))
+    async def update_weights_from_disk(request: UpdateWeightsRequest) -> UpdateWeightsResponse:
+        """Answer with other weights of the same model, without a restart; returns once all replicas do."""
+        return await gateway.update_weights(request)
 
 
 def _add_errors(app: FastAPI, gateway: Gateway) -> None:

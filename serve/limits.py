@@ -1,4 +1,4 @@
-"""How much the gateway takes on at a time."""
+"""How much the gateway takes on at a time, and until when."""
 
 from __future__ import annotations
 
@@ -7,8 +7,23 @@ import math
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from thornback.serve.errors import TooManyRequests
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Of one request: seconds from its admission to its last token; and from its arrival to its first, which is to be
+    there at `first_token_at` (the event loop's time), where it asks for that."""
+
+    complete_s: float
+    first_token_s: float | None = None
+    first_token_at: float | None = None
+
+    def first_token_left(self) -> float | None:
+        """Seconds until then."""
+        return None if self.first_token_at is None else self.first_token_at - asyncio.get_running_loop().time()
 
 
 class Admission:
@@ -29,11 +44,12 @@ class Admission:
         return len(self._waiting)
 
     @asynccontextmanager
-    async def admit(self, num_sequences: int) -> AsyncIterator[None]:
-        """Hold room for `num_sequences`; raises `TooManyRequests` if there is none, or none in time."""
+    async def admit(self, num_sequences: int, timeout_s: float | None = None) -> AsyncIterator[None]:
+        """Hold room for `num_sequences`; raises `TooManyRequests` if there is none, or none in time (`timeout_s`, where
+        that is shorter than others wait)."""
         weight = min(num_sequences, self._capacity)
         if self._waiting or self.in_flight + weight > self._capacity:
-            await self._wait(weight)
+            await self._wait(weight, self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s))
         else:
             self.in_flight += weight
         try:
@@ -42,14 +58,14 @@ class Admission:
             self.in_flight -= weight
             self._let_in()
 
-    async def _wait(self, weight: int) -> None:
+    async def _wait(self, weight: int, timeout_s: float) -> None:
         if len(self._waiting) >= self._max_queued:
             raise self._refusal("The server is full")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (weight, turn)
         self._waiting.append(entry)
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(timeout_s):
                 await turn
         except BaseException as error:
             if entry in self._waiting:
@@ -58,7 +74,7 @@ class Admission:
                 self.in_flight -= weight
             self._let_in()
             if isinstance(error, TimeoutError):
-                raise self._refusal(f"No room came free within {self._timeout_s:g} seconds") from error
+                raise self._refusal(f"No room came free within {timeout_s:g} seconds") from error
             raise
 
     def _let_in(self) -> None:

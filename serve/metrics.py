@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -14,7 +14,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-from thornback.contracts import EngineLoad, SpeculationStats
+from thornback.contracts import SpeculationStats, TransferStats
+from thornback.serve.link import ReplicaReport
 
 disable_created_metrics()  # a second series for every counter, which nobody reads
 
@@ -23,20 +24,21 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 5
 
 
 class Metrics:
-    """The counters of one gateway. `model` is the label `model_name` of each."""
+    """What one gateway counts, and what replicas report. `model` is the label `model_name` of each."""
 
     def __init__(self, model: str) -> None:
-        self.registry = CollectorRegistry()
+        self._own, self._engines = CollectorRegistry(), CollectorRegistry()
         labels = ["model_name"]
 
         def counter(name: str, text: str, *more: str) -> Counter:
-            return Counter(name, text, [*labels, *more], registry=self.registry)
+            registry = self._engines if "engine" in more else self._own
+            return Counter(name, text, [*labels, *more], registry=registry)
 
         def gauge(name: str, text: str) -> Gauge:
-            return Gauge(name, text, [*labels, "engine"], registry=self.registry)
+            return Gauge(name, text, [*labels, "engine"], registry=self._engines)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, labels, buckets=buckets, registry=self.registry).labels(model)
+            return Histogram(name, text, labels, buckets=buckets, registry=self._own).labels(model)
 
         self._model = model
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens taken in.").labels(model)
@@ -53,6 +55,7 @@ class Metrics:
         self._waiting = gauge("vllm:num_requests_waiting", "Samples that wait in an engine.")
         self._kv_use = gauge("vllm:kv_cache_usage_perc", "Share of cache blocks in use, 0 to 1.")
         self._preempted = gauge("thornback:num_preemptions", "Samples that an engine has put back.")
+        self._lent = gauge("thornback:lent", "1 while a replica takes the other pool's role.")
         self._version = gauge("thornback:weight_version", "The version of the weights that answer.")
         self._speculated = {
             field: counter(f"vllm:spec_decode_{field}", text, "engine")
@@ -69,7 +72,20 @@ class Metrics:
             "thornback:spec_decode_num_failures", "Requests whose guesses failed.", "engine"
         )
         self._seen: dict[str, SpeculationStats] = {}  # by engine
-        self._queued = Gauge("thornback:gateway_queued", "Requests waiting at the gateway.", registry=self.registry)
+        self._transfers = {
+            field: counter(f"thornback:kv_transfer_{name}", text, "engine", "way")
+            for field, name, text in (
+                ("num_transfers", "requests", "Requests whose keys and values were taken over."),
+                ("num_calls", "calls", "Copies that took."),
+                ("num_bytes", "bytes", "Bytes of them."),
+                ("seconds", "seconds", "Seconds of them."),
+            )
+        }
+        self._transfer_failures = counter(
+            "thornback:kv_transfer_failures", "Requests that were computed again instead.", "engine"
+        )
+        self._reported: dict[str, ReplicaReport] = {}  # by engine
+        self._queued = Gauge("thornback:gateway_queued", "Requests waiting at the gateways.", registry=self._own)
 
     def request_clock(self, num_prompt_tokens: int) -> RequestClock:
         """Starts to measure one prompt."""
@@ -83,21 +99,31 @@ class Metrics:
     def success(self, reason: str) -> None:
         self._success.labels(self._model, reason).inc()
 
-    def render(self, loads: Mapping[str, EngineLoad], num_queued: int) -> bytes:
-        """The page that Prometheus scrapes, with each replica's load."""
+    def own(self, num_queued: int) -> str:
+        """What this gateway has counted, as a page for Prometheus."""
         self._queued.set(num_queued)
-        for values in (self._running, self._waiting, self._kv_use, self._preempted, self._version):
+        return generate_latest(self._own).decode()
+
+    def render(
+        self, reports: Sequence[ReplicaReport], gateways: Sequence[str], lent: Collection[str] = frozenset()
+    ) -> str:
+        """The page that Prometheus scrapes: the sums of all gateways' `own` pages, and each replica's load. `lent`: the
+        ids of those that take the other pool's role."""
+        for values in (self._running, self._waiting, self._kv_use, self._preempted, self._version, self._lent):
             values.clear()  # replicas come and go
-        for engine, load in loads.items():
+        for report in reports:
+            engine, load = f"{report.deployment}#{report.replica_id}", report.engine
             labels = (self._model, engine)
             self._running.labels(*labels).set(load.num_running)
             self._waiting.labels(*labels).set(load.num_waiting)
             self._kv_use.labels(*labels).set(load.kv_use)
             self._preempted.labels(*labels).set(load.num_preempted)
             self._version.labels(*labels).set(load.weight_version)
+            self._lent.labels(*labels).set(report.replica_id in lent)
             if load.speculation is not None:
                 self._count(engine, load.speculation)
-        return generate_latest(self.registry)
+            self._count_transfers(engine, report)
+        return sum_pages(gateways) + generate_latest(self._engines).decode()
 
     def _count(self, engine: str, stats: SpeculationStats) -> None:
         """Add what an engine has speculated since it was asked last."""
@@ -108,6 +134,36 @@ class Metrics:
         for position, count in enumerate(new.per_position):
             if count:
                 self._per_position.labels(self._model, engine, str(position)).inc(count)
+
+    def _count_transfers(self, engine: str, report: ReplicaReport) -> None:
+        """Add what a replica has taken over since it was asked last."""
+        before = self._reported.get(engine)
+        self._reported[engine] = report
+        failures = report.num_transfer_failures - (before.num_transfer_failures if before else 0)
+        self._transfer_failures.labels(self._model, engine).inc(failures)
+        for way, stats in report.transfers.items():
+            seen = before.transfers.get(way, TransferStats()) if before else TransferStats()
+            for field, values in self._transfers.items():
+                values.labels(self._model, engine, way).inc(getattr(stats, field) - getattr(seen, field))
+
+
+def sum_pages(pages: Sequence[str]) -> str:
+    """One page, with the sum of each series; those of a metric stand together, as Prometheus wants them."""
+    metrics: dict[str, dict[str, float]] = {}  # by what is said of each
+    for page in pages:
+        said = ""
+        for line in page.splitlines():
+            if line.startswith("# HELP "):
+                said = line
+            elif line.startswith("#"):
+                said += f"\n{line}"
+                metrics.setdefault(said, {})
+            else:
+                series, _, value = line.rpartition(" ")
+                sums = metrics.setdefault(said, {})
+                sums[series] = sums.get(series, 0.0) + float(value)
+    lines = [line for said, sums in metrics.items() for line in (said, *(f"{k} {v}" for k, v in sums.items()))]
+    return "".join(f"{line}\n" for line in lines)
 
 
 class RequestClock:

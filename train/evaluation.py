@@ -78,6 +78,7 @@ def evaluation_row(table: RewardTable) -> dict[str, Any]:
         f"reward/{name}": metrics[f"reward/{name}/mean"] for name in table.rewards if f"reward/{name}/mean" in metrics
     }
     row |= {"response_length": metrics["response_length"], "truncated_fraction": metrics["truncated_fraction"]}
+    row |= {"tool_calls": metrics["tool_calls"]} if "tool_calls" in metrics else {}
     return {k: v for k, v in row.items() if math.isfinite(v)} | {"num_prompts": len(table.lengths)}
 
 

@@ -81,6 +81,19 @@ def sum_over_workers(model: Any, loss: Any, world: int) -> Any:
     return loss
 
 
+def save_whole(model: Any, tokenizer_from: str, output: Path) -> None:
+    """Write a model with its tokenizer to a temporary name, then rename, so that a directory of this name is always a
+    whole model."""
+    from transformers import AutoTokenizer
+
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(partial)
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+
+
 def use_threads(num_threads: int | None, local_world_size: int) -> None:
     """Torch's threads of a worker: so many, or its share of the node's cores."""
     import os

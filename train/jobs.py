@@ -43,7 +43,7 @@ def evaluate(config: RunConfig) -> list[dict[str, Any]]:
     problem = Problem.of(Settings(config))
     with Session.open(config, problem) as session:
         model = session.run.at("model") if session.run.exists("model") else session.model
-        crew = Crew(config, model, problem.make_scorer, session.restarts, with_learner=False)
+        crew = Crew(config, model, problem, session.restarts, with_learner=False)
         try:
             crew.wait_ready()
             rows = Evaluator(config, session.run, crew, session.test_prompts).evaluate(step=0, version=0)

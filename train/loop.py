@@ -172,7 +172,15 @@ class Loop:
     def sizes(self, table: RewardTable, report: UpdateReport, rollouts: Rollouts) -> dict[str, float]:
         if report.num_skipped:
             self.run.event("update_skipped", f"{report.num_skipped} updates had a gradient that is not finite")
-        return {"num_rollouts": len(table.lengths), "tokens": rollouts.num_tokens, **rollouts.speculation}
+        failures = rollouts.failures
+        for cause, count in failures.items():
+            self.run.event("environment_failed", f"{count} rollouts: {cause}")
+        for cause, (count, first) in table.failures.items():
+            self.run.event("reward_failed", f"{count} rollouts, first on prompt {first}: {cause}")
+        failed: dict[str, float] = {"rollout/failed_environments": failures.total()} if failures else {}
+        if table.failures:
+            failed["reward/failed"] = sum(count for count, _ in table.failures.values())
+        return {"num_rollouts": len(table.lengths), "tokens": rollouts.num_tokens, **rollouts.speculation, **failed}
 
     def record(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
         """One row of metrics.jsonl; what is not a number is left out. Evaluation and checkpoint of the steps before

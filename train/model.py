@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from thornback.actors.locations import local_model
-from thornback.contracts import ConfigError, ModelError
+from thornback.contracts import ConfigError, ModelError, Task
 from thornback.engine.draft_files import holds_head, read_draft_config
 from thornback.train.config import RunConfig
 from thornback.train.run_directory import RunDirectory
@@ -73,16 +73,16 @@ def _sizes(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def starting_model(config: RunConfig, run: RunDirectory) -> str:
-    """A model directory or hub name. What is made here lies in the run's directory, and is made once."""
+def starting_model(config: RunConfig, run: RunDirectory, task: Task) -> str:
+    """A model directory or hub name. What is made here, for `task`, lies in the run's directory, and is made once."""
     if config.model.build is None:
         assert config.model.path is not None
         model = config.model.path
     else:
-        model = made_once(run, "built", lambda directory: _build(config, directory))
+        model = made_once(run, "built", lambda directory: _build(config, task, directory))
     if config.warm_start is not None:
         start = model
-        model = made_once(run, "warm", lambda directory: _warm_start(config, start, directory))
+        model = made_once(run, "warm", lambda directory: _warm_start(config, task, start, directory))
     return model
 
 
@@ -101,17 +101,17 @@ def made_once(run: RunDirectory, name: str, make: Callable[[str], None]) -> str:
     return run.at(name)
 
 
-def _build(config: RunConfig, directory: str) -> None:
+def _build(config: RunConfig, task: Task, directory: str) -> None:
     from thornback.data.tokenizer import character_tokenizer
     from thornback.train.build import build_model
 
     assert config.model.build is not None
     sizes = config.model.build.model_dump(exclude={"extra_tokens"})
-    tokenizer = character_tokenizer(config.model.build.extra_tokens)
+    tokenizer = character_tokenizer([*config.model.build.extra_tokens, *getattr(task, "words", ())])
     build_model(directory, tokenizer, **sizes, seed=config.run.seed)
 
 
-def _warm_start(config: RunConfig, model: str, directory: str) -> None:
+def _warm_start(config: RunConfig, task: Task, model: str, directory: str) -> None:
     from thornback.train.warm_start import warm_start
 
-    warm_start(config, local_model(model), directory)
+    warm_start(config, task, local_model(model), directory)

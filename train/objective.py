@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -78,7 +79,8 @@ class Objective:
 
 def reward_metrics(table: RewardTable) -> dict[str, float]:
     """Means and spreads of all rewards over the batch, in their own units, and what else the table tells."""
-    metrics = {"accuracy": float(table.correct.mean())}
+    judged = table.correct[~np.isnan(table.correct)]
+    metrics = {"accuracy": float(judged.mean()) if len(judged) else math.nan}
     for name, values in table.rewards.items():
         applies = values[~np.isnan(values)].astype(np.float64)
         if len(applies):
@@ -86,4 +88,6 @@ def reward_metrics(table: RewardTable) -> dict[str, float]:
             metrics[f"reward/{name}/std"] = float(applies.std())
     metrics["response_length"] = float(table.lengths.mean())
     metrics["truncated_fraction"] = float(table.truncated.mean())
+    if table.num_calls.any():
+        metrics["tool_calls"] = float(table.num_calls.mean())
     return metrics

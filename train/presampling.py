@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -18,13 +19,13 @@ from thornback.contracts import (
     Anchor,
     ConfigError,
     DataError,
-    RewardScorer,
     anchors_from_arrow,
     anchors_to_arrow,
 )
 from thornback.data import load_tokenizer, read_anchors
 from thornback.train.config import RunConfig
-from thornback.train.crew import Crew, rollout_spec_of, sampling_of
+from thornback.train.crew import Crew, check_environments, rollout_spec_of, sampling_of
+from thornback.train.problem import Problem
 from thornback.train.prompts import PromptBatch, TokenizedPrompt, make_prompt_batch, seed_of
 from thornback.train.run_directory import RunDirectory
 from thornback.train.session import Session
@@ -36,11 +37,11 @@ PROMPTS_PER_CALL = 64  # a lost call costs its prompts' rollouts, and a call's r
 
 @dataclass(frozen=True)
 class Presampler:
-    """Samples anchors with a model that does not change. `make_scorer` runs in the actors."""
+    """Samples anchors with a model that does not change."""
 
     config: RunConfig
     run: RunDirectory
-    make_scorer: Callable[[], RewardScorer]
+    problem: Problem
     restarts: Restarts
 
     def write(self, prompts: Sequence[TokenizedPrompt], model: str, name: str = ANCHORS_FILE) -> None:
@@ -68,21 +69,19 @@ class Presampler:
         if not prompts:
             return {}
         found = anchors_from_arrow(pa.concat_tables(ray.get(self._sample(prompts, model, num_rollouts, True))))
-        return {
-            key: replace(anchors[key], trajectory=answer.trajectory, trajectory_logprobs=answer.trajectory_logprobs)
-            for key, answer in found.items()
-        }
+        return {key: replace(anchors[key], trajectory=answer.trajectory) for key, answer in found.items()}
 
     def _sample(
         self, prompts: Sequence[TokenizedPrompt], model: str, num_rollouts: int, keep_trajectory: bool
     ) -> list[ObjectRef]:
         """Arrow tables of anchors, in the order of the prompts, in the object store."""
         rollout = self.config.rollout
-        spec = rollout_spec_of(self.config, model)
+        spec = rollout_spec_of(self.config, model, self.problem)
+        share = self.config.scoring.max_failed_share
         sampler_class = AnchorSampler.options(**actor_options(rollout.num_cpus, rollout.num_gpus))
         pool = ActorPool(
             "anchor sampler",
-            lambda _: sampler_class.remote(spec, self.make_scorer),
+            lambda _: sampler_class.remote(spec, self.problem.make_scorer, share),
             rollout.num_workers,
             timeout=self.config.run.timeout_seconds,
             restarts=self.restarts,
@@ -96,7 +95,11 @@ class Presampler:
                 (batch.shard, batch.prompts, sampling, keep_trajectory, self._reference(number) if keep else None)
                 for number, batch in enumerate(batches)
             ]
-            return [ref for ref, _ in pool.map("sample", calls, f"sampling anchors with {model}")]
+            doing = f"sampling anchors with {model}"
+            done = pool.map("sample", calls, doing)
+            failures = sum((Counter(report.failures) for _, report in done), Counter())
+            check_environments(failures, len(prompts) * num_rollouts, self.config.environment.max_failed_share, doing)
+            return [ref for ref, _ in done]
         finally:
             pool.shutdown()
 
@@ -113,7 +116,7 @@ def anchors_for(session: Session) -> dict[str, Anchor]:
         if settings.path is not None:
             write_anchors(run, ANCHORS_FILE, list(read_anchors(settings.path).values()))
         else:
-            sampler = Presampler(session.config, run, session.problem.make_scorer, session.restarts)
+            sampler = Presampler(session.config, run, session.problem, session.restarts)
             sampler.write(session.train_prompts, session.model)
     return read_anchors(run.at(ANCHORS_FILE))
 
@@ -141,9 +144,7 @@ def refreshed_anchors(
         crew.remember(rollouts, doing)
         for anchor in anchors_of(batch.shard.keys, table, sampling.n):
             old = before[anchor.prompt_key]
-            found[anchor.prompt_key] = replace(
-                anchor, trajectory=old.trajectory, trajectory_logprobs=old.trajectory_logprobs
-            )
+            found[anchor.prompt_key] = replace(anchor, trajectory=old.trajectory)
     write_anchors(session.run, name, list(found.values()))
     return found
 

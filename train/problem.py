@@ -8,8 +8,9 @@ from functools import partial
 
 import numpy as np
 
-from thornback.contracts import Completion, DataError, Reward, RewardScorer, Task
-from thornback.data import RuleScorer, as_reward, load_task, pick_rewards
+from thornback.actors import EpisodeSpec
+from thornback.contracts import BatchReward, Completion, DataError, InteractiveTask, Reward, RewardScorer, Task
+from thornback.data import ManyReward, RuleScorer, as_reward, check_failures, load_task, pick_rewards
 from thornback.train.config import RunConfig
 from thornback.train.settings import Settings
 
@@ -18,13 +19,15 @@ from thornback.train.settings import Settings
 class Problem:
     """A task, the rewards that count, their base weights `[K]`, and what makes a scorer of them.
 
-    `make_scorer` travels to the reward models: it holds names, or what the caller handed over.
+    `make_scorer` travels to the reward models, and `episodes` (None: an answer is one turn) to the rollout workers:
+    they hold names, or what the caller handed over.
     """
 
     task: Task
-    rewards: tuple[Reward, ...]
+    rewards: tuple[Reward | BatchReward, ...]
     weights: np.ndarray
     make_scorer: Callable[[], RewardScorer]
+    episodes: EpisodeSpec | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -44,32 +47,51 @@ class Problem:
         weights = np.array([config.rewards[r.name].weight if config.rewards else 1.0 for r in rewards])
         by_name = settings.task is None and not settings.functions
         make_scorer = partial(_scorer_of, config) if by_name else partial(RuleScorer, task, rewards)
-        problem = cls(task, rewards, weights / weights.sum(), make_scorer)
+        problem = cls(task, rewards, weights / weights.sum(), make_scorer, _episodes(settings, task))
         problem.try_out()
         return problem
 
     def try_out(self) -> None:
-        """Judge an answer to the first prompt: a reward that raises, or returns no number, is found here."""
+        """Judge an answer to the first prompt: a reward that raises, or returns no number, is found here. What is too
+        heavy for that checks itself."""
         prompt = next(iter(self.task.prompts("train")), None)
         if prompt is None:
             raise DataError(f"The task {self.task.name} has no training prompts.")
-        RuleScorer(self.task, self.rewards).score([Completion(prompt, prompt.answer or "", 1, "stop")])
+        light = [r for r in self.rewards if not (isinstance(r, ManyReward) and r.check())]
+        scorer = RuleScorer(self.task, light)
+        scorer.score([Completion(prompt, prompt.answer or "", 1, "stop")])
+        check_failures(scorer.failures, 1, 0.0)
 
 
-def _rewards(settings: Settings, task: Task) -> tuple[Reward, ...]:
+def _rewards(settings: Settings, task: Task) -> tuple[Reward | BatchReward, ...]:
     """The configured rewards, in their order; all of the task's if none is configured."""
     if not settings.config.rewards:
         return tuple(task.rewards)
-    found = []
+    found: list[Reward | BatchReward] = []
     for name, section in settings.config.rewards.items():
-        thing = settings.functions.get(name) or section.function
-        if thing is None:
-            (thing,) = pick_rewards(task.rewards, [name])
-            if section.range is None:
-                found.append(thing)
-                continue
-        found.append(as_reward(name, thing, section.range))
+        own = settings.functions.get(name) or section.function
+        if own is not None:
+            found.append(as_reward(name, own, section.range, section.options))
+            continue
+        (reward,) = pick_rewards(task.rewards, [name])
+        plain = section.range is None and not section.options
+        found.append(reward if plain else as_reward(name, reward, section.range, section.options))
     return tuple(found)
+
+
+def _episodes(settings: Settings, task: Task) -> EpisodeSpec | None:
+    """With whom the task's answers take turns."""
+    if not isinstance(task, InteractiveTask):
+        return None
+    config, limits = settings.config.task, settings.config.environment
+    make_task = (
+        partial(load_task, config.name, config.options) if settings.task is None else partial(_handed_over, task)
+    )
+    return EpisodeSpec(make_task, limits.max_turns, limits.timeout_seconds)  # type: ignore[arg-type]
+
+
+def _handed_over(task: Task) -> Task:
+    return task
 
 
 def _scorer_of(config: RunConfig) -> RewardScorer:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from thornback.actors import PromptShard
-from thornback.contracts import Anchor, Prompt
+from thornback.contracts import Anchor, Prompt, Trajectory
 
 SEED_BITS = 62  # sample i adds i, and seeds are signed 64-bit numbers in some engines
 
@@ -55,11 +55,9 @@ def make_prompt_batch(
 ) -> PromptBatch:
     """Prompts with their seeds, and with the cached trajectories of those that have one."""
 
-    def trajectory(key: str) -> tuple[np.ndarray, np.ndarray] | None:
+    def trajectory(key: str) -> Trajectory | None:
         anchor = anchors.get(key) if anchors else None
-        if anchor is None or anchor.trajectory is None or anchor.trajectory_logprobs is None:
-            return None
-        return anchor.trajectory, anchor.trajectory_logprobs
+        return None if anchor is None else anchor.trajectory
 
     keys = tuple(p.prompt.key for p in prompts)
     shard = PromptShard(keys, tuple(p.token_ids for p in prompts), tuple(seeds), tuple(map(trajectory, keys)))

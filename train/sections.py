@@ -91,7 +91,7 @@ class TaskSection(Section):
     """What the model is trained to do."""
 
     name: str = "arithmetic"
-    """A built-in task (arithmetic, math), or the import path of one: package.module:Name."""
+    """A built-in task (arithmetic, math, multihop, tools), or the import path of one: package.module:Name."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task; for `math`: the dataset's path and its columns."""
 
@@ -116,6 +116,8 @@ class RewardSection(Section):
     """Its base weight; weights are divided by their sum."""
     function: str | None = None
     """Import path of a reward of your own, package.module:name. None: the task's reward of this name."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of `function`, where that is a class, such as thornback.data:JudgeReward."""
     range: tuple[float, float] | None = None
     """The lowest and the highest value. None: as the reward says, or [0, 1]."""
 
@@ -182,11 +184,25 @@ class RolloutSection(Section):
         return self.speculate == "rasd" and bool(self.rasd.draft) and self.rasd.draft_refresh_every is not None
 
 
+class EnvironmentConstants(Section):
+    """Whom the model takes turns with, where the task has environments."""
+
+    max_turns: PositiveInt | None = None
+    """The most turns of the model in an episode. None: as the task says."""
+    timeout_seconds: PositiveFloat = 60.0
+    """An environment that does not answer for so long has failed; its rollout counts for nothing."""
+    max_failed_share: Share = 0.1
+    """The run stops where the environments of more than this share of a step's rollouts fail."""
+
+
 class ScoringSection(Section):
     """Judging the rollouts."""
 
     num_workers: PositiveInt = 1
     """Reward actors; they share a step's rollouts."""
+    max_failed_share: Share = 0.0
+    """A reward that raises, or returns no number in its range, says nothing of its rollout; the run stops where more
+    than this share of a step's rollouts meet one."""
     num_cpus: NonNegativeFloat = 0.0
     """CPUs that Ray sets aside for one."""
 
@@ -336,6 +352,9 @@ class WarmStartSection(Section):
     """Demonstrations to draw from."""
     num_workers: PositiveInt = 1
     """Ray Train workers."""
+    environment_weight: Share = 0.0
+    """Weight of the loss on what environments say in demonstrations: a model made from nothing learns from it to
+    find and to copy."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task's demonstrations: how much is spoiled on purpose."""
 

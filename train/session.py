@@ -50,7 +50,7 @@ class Session:
         """The run's directory and cluster, with the starting model made if need be."""
         run = open_run(config)
         with cluster(config.run.address):
-            yield cls(config, problem, run, starting_model(config, run))
+            yield cls(config, problem, run, starting_model(config, run, problem.task))
 
     @cached_property
     def restarts(self) -> Restarts:

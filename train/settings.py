@@ -62,6 +62,6 @@ def _functions_of(reward: Any) -> dict[str, Callable]:
         functions = reward if isinstance(reward, list | tuple) else [reward]
         found = {getattr(f, "name", getattr(f, "__name__", f"reward_{i}")): f for i, f in enumerate(functions)}
     for name, function in found.items():
-        if not callable(function):
+        if not callable(function) and not hasattr(function, "score_all"):
             raise ConfigError(f"Trainer: the reward {name} is a {type(function).__name__}, but must be a function.")
     return found

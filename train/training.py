@@ -44,7 +44,7 @@ def train_in(session: Session, objective: Objective) -> int:
     anchors = anchors_for(session) if config.anchors is not None else None
     prompts = session.train_prompts if anchors is None else worth_training(session.train_prompts, anchors, config)
     speculation = RolloutSpeculation(config, run) if config.rollout.speculate == "rasd" else None
-    crew = Crew(config, session.model, session.problem.make_scorer, session.restarts, speculation=speculation)
+    crew = Crew(config, session.model, session.problem, session.restarts, speculation=speculation)
     try:
         loop = Loop(
             config=config,

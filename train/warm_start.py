@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,42 +14,50 @@ import numpy as np
 
 from thornback.contracts import ConfigError, DataError
 from thornback.train.config import RunConfig
-from thornback.train.fitting import batch_of, fit, rate_share, sum_over_workers, use_threads
+from thornback.train.fitting import batch_of, fit, rate_share, save_whole, sum_over_workers, use_threads
 from thornback.train.sections import WarmStartSection
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids of a prompt with its answer; the loss is on the tokens from `start` on."""
+    """Token ids of a prompt with its answer, from `start` on; `mask`, one for each token of the answer, says which the
+    model wrote (None: all)."""
 
     token_ids: tuple[int, ...]
     start: int
+    mask: tuple[int, ...] | None = None
 
 
 def tokenized(tokenizer: Any, demonstrations: Sequence[Any], system_prompt: str | None = None) -> list[Example]:
-    """Demonstrations (`.prompt`, `.completion`) as tokens, each ended by the end-of-sequence token."""
-    from thornback.data import render_prompt
+    """Demonstrations (`.prompt`, and `.completion` or `.turns`) as tokens, each of the model's turns ended by the
+    end-of-sequence token, and what an environment says between them as rollouts have it."""
+    from thornback.data import render_prompt, render_reply
 
     examples = []
     for demonstration in demonstrations:
         prompt = render_prompt(tokenizer, demonstration.prompt.messages, system_prompt)
-        answer = tokenizer(demonstration.completion, add_special_tokens=False).input_ids
-        examples.append(Example((*prompt, *answer, tokenizer.eos_token_id), len(prompt)))
+        tokens, mask = [], []
+        for turn in getattr(demonstration, "turns", ()) or (demonstration.completion,):
+            by_model = isinstance(turn, str)
+            if by_model:
+                said = [*tokenizer(turn, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            else:
+                said = render_reply(tokenizer, turn)
+            tokens += said
+            mask += [int(by_model)] * len(said)
+        examples.append(Example((*prompt, *tokens), len(prompt), tuple(mask)))
     return examples
 
 
-def warm_start(config: RunConfig, model: str | Path, output: str | Path) -> dict[str, float]:
-    """Warm `model` up on demonstrations of the configured task, as `config.warm_start` says; see `supervise`.
+def warm_start(config: RunConfig, task: Any, model: str | Path, output: str | Path) -> dict[str, float]:
+    """Warm `model` up on demonstrations of `task`, as `config.warm_start` says; see `supervise`.
 
     Raises `ConfigError` for a task that gives no demonstrations.
     """
     from transformers import AutoTokenizer
 
-    from thornback.data import load_task
-
     section = config.warm_start
     assert section is not None, "warm_start is called for configurations that ask for one"
-    task = load_task(config.task.name, config.task.options)
     if not hasattr(task, "demonstrations"):
         raise ConfigError(
             f"The task {task.name} gives no demonstrations: leave warm_start out, or give the task a method "
@@ -94,6 +101,7 @@ def supervise(
             "tokens": np.concatenate([np.asarray(e.token_ids, np.int32) for e in examples]),
             "lengths": np.asarray([len(e.token_ids) for e in examples], np.int64),
             "starts": np.asarray([e.start for e in examples], np.int64),
+            "weights": np.concatenate([_weights(e, section.environment_weight) for e in examples]),
             "section": section.model_dump(),
             "seed": seed,
             "num_threads": num_threads,
@@ -101,6 +109,13 @@ def supervise(
         }
         fit(_train, job, Path(storage), name="warm-start", num_workers=section.num_workers, use_gpu=use_gpu)
         return json.loads(Path(job["metrics_path"]).read_text().splitlines()[-1])
+
+
+def _weights(example: Example, environment_weight: float) -> np.ndarray:
+    """float32, the weight of each token's loss: 1 where the model wrote, 0 in the prompt."""
+    weights = np.zeros(len(example.token_ids), np.float32)
+    weights[example.start :] = 1.0 if example.mask is None else np.where(example.mask, 1.0, environment_weight)
+    return weights
 
 
 def _made(directory: Path) -> Path:
@@ -121,15 +136,16 @@ def _train(job: dict[str, Any]) -> None:
     section = WarmStartSection(**job["section"])
     model = load_model(job["model"], device="cuda" if torch.cuda.is_available() else "cpu", dtype="float32").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=section.learning_rate, weight_decay=0.0, fused=True)
-    sequences = np.split(job["tokens"], np.cumsum(job["lengths"])[:-1])
+    sequences, weights = (np.split(job[name], np.cumsum(job["lengths"])[:-1]) for name in ("tokens", "weights"))
     metrics: dict[str, float] = {}
     began = time.monotonic()
     for step in range(section.steps):
         batch = batch_of(step, len(sequences), section.batch_size, job["seed"])
-        num_tokens = int((job["lengths"][batch] - job["starts"][batch]).sum())
+        total_weight = sum(float(weights[i].sum()) for i in batch)
         mine = batch[rank::world]
         logprobs, _ = sequence_logprobs(model, [sequences[i] for i in mine], job["starts"][mine].tolist())
-        loss = -logprobs.sum() / num_tokens
+        mine_weighted = torch.from_numpy(np.concatenate([weights[i][job["starts"][i] :] for i in mine]))
+        loss = -(logprobs * mine_weighted.to(logprobs.device)).sum() / total_weight
         loss.backward()
         total = sum_over_workers(model, loss.detach(), world)
         for group in optimizer.param_groups:
@@ -142,17 +158,5 @@ def _train(job: dict[str, Any]) -> None:
             with open(job["metrics_path"], "w" if step < 20 else "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
     if rank == 0:
-        _save(model, job["model"], Path(job["output"]))
+        save_whole(model, job["model"], Path(job["output"]))
     ray_train.report(metrics)
-
-
-def _save(model: Any, tokenizer_from: str, output: Path) -> None:
-    """Write to a temporary name, then rename, so that a directory of this name is always a whole model."""
-    from transformers import AutoTokenizer
-
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(partial)
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from benchmarks.worker import TurnTaker
 
 Prompts = dict[str, list[list[int]]]  # of each task
+LEAST_BATCH = 4  # requests of a turn: a turn of one would be over before the machine has changed its mind
 SOURCES = {"plain": "", "prompt lookup": "p", "retrieval": "r", "draft": "d", "rasd": "prd"}
 
 
@@ -94,15 +96,17 @@ def thornback(turns: TurnTaker, prompts: Prompts, per_turn: int, new_tokens: int
 def batches(
     turns: TurnTaker, prompts: list[list[int]], sizes: list[int], new_tokens: int, temperature: float, **made_of: Any
 ) -> None:
-    """A turn answers as many prompts at once as each of `sizes` says, the next ones every time, and reports the tokens
-    and seconds of what comes after every prompt's first token."""
+    """A turn answers as many prompts at once as the next of `sizes` says, the next ones every time, small batches
+    several times over, and reports the tokens and seconds of what comes after every prompt's first token."""
     from thornback.contracts import Request, SamplingParams
 
     engine, _ = make_engine(**made_of)
     sampling, number = SamplingParams(max_tokens=new_tokens, temperature=temperature, ignore_eos=True), 0
-    while turns.wait():
-        values: dict[str, float] = {}
-        for size in sizes:
+    for size in cycle(sizes):
+        if not turns.wait():
+            return
+        tokens, seconds = 0, 0.0
+        for _ in range(max(1, LEAST_BATCH // size)):
             for _ in range(size):
                 prompt = tuple(prompts[number % len(prompts)])
                 engine.add_request(Request(str(number), prompt, replace(sampling, seed=number)))
@@ -110,11 +114,11 @@ def batches(
             begun: set[str] = set()
             while len(begun) < size:
                 begun |= {output.request_id for output in engine.step()}
-            tokens, started = 0, time.perf_counter()
+            started = time.perf_counter()
             while engine.has_unfinished_requests():
                 tokens += sum(len(output.token_ids) for output in engine.step())
-            values |= {f"seconds {size}": time.perf_counter() - started, f"tokens {size}": tokens}
-        turns.report(**values)
+            seconds += time.perf_counter() - started
+        turns.report(**{f"seconds {size}": seconds, f"tokens {size}": tokens})
 
 
 def _timed(function: Callable[..., Any], clock: dict[str, float], name: str) -> Callable[..., Any]:

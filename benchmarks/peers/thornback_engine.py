@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 
+from benchmarks.peers.http_client import Load, percentiles
 from benchmarks.worker import TurnTaker
 from benchmarks.workload import Workload
 from thornback.contracts import EngineConfig, Request, SamplingParams
@@ -25,3 +26,19 @@ def rollout(turns: TurnTaker, model: str, threads: int, workload: dict[str, int]
         samples = generate(engine, requests)
         seconds = time.perf_counter() - started
         turns.report(seconds=seconds, tokens=sum(len(s.token_ids) for group in samples.values() for s in group))
+
+
+def one_by_one(turns: TurnTaker, model: str, load: dict[str, int]) -> None:
+    """The seconds of single requests, of a call to the engine and nothing else."""
+    work, turn = Load(**load), 0
+    engine = TorchEngine(model, EngineConfig(num_threads=1, max_model_len=512, max_num_seqs=32))
+    gc.freeze()
+    sampling = SamplingParams(temperature=0.0, max_tokens=work.output_tokens, ignore_eos=True, seed=0)
+    while turns.wait():
+        taken = []
+        for prompt in work.prompts(turn):
+            started = time.perf_counter()
+            generate(engine, [Request("r", tuple(prompt), sampling)])
+            taken.append(time.perf_counter() - started)
+        turn += 1
+        turns.report(**percentiles(taken))

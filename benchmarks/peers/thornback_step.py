@@ -41,7 +41,7 @@ def step(turns: TurnTaker, **options: Any) -> None:
     trainer = Trainer(settings(**options), data=Problems())
     config = trainer.config
     with Session.open(config, trainer.problem) as session:
-        crew = Crew(config, session.model, session.problem.make_scorer, session.restarts)
+        crew = Crew(config, session.model, session.problem, session.restarts)
         loop = Loop(
             config=config,
             run=session.run,

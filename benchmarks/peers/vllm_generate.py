@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.peers.http_client import Load, percentiles
 from benchmarks.worker import TurnTaker
 from benchmarks.workload import Workload
 
@@ -55,3 +56,20 @@ def rollout(turns: TurnTaker, model: str, eager: bool, workload: dict[str, int])
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         seconds = time.perf_counter() - started
         turns.report(seconds=seconds, tokens=sum(len(o.outputs[0].token_ids) for o in outputs))
+
+
+def one_by_one(turns: TurnTaker, model: str, load: dict[str, int]) -> None:
+    """The seconds of single requests, of a call to the engine and nothing else."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    work, turn = Load(**load), 0
+    llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=32, disable_log_stats=True)
+    sampling = SamplingParams(temperature=0.0, max_tokens=work.output_tokens, ignore_eos=True, detokenize=False)
+    while turns.wait():
+        taken = []
+        for prompt in work.prompts(turn):
+            started = time.perf_counter()
+            llm.generate([TokensPrompt(prompt_token_ids=prompt)], sampling, use_tqdm=False)
+            taken.append(time.perf_counter() - started)
+        turn += 1
+        turns.report(**percentiles(taken))

@@ -10,12 +10,19 @@ from thornback.contracts import ConfigError, Task
 from thornback.data.importing import load_object
 from thornback.data.tasks.arithmetic import ArithmeticTask
 from thornback.data.tasks.math import MathTask
+from thornback.data.tasks.multihop import MultihopTask
+from thornback.data.tasks.tools import ToolsTask
 
-TASKS: dict[str, type] = {"arithmetic": ArithmeticTask, "math": MathTask}
+TASKS: dict[str, type] = {
+    "arithmetic": ArithmeticTask,
+    "math": MathTask,
+    "multihop": MultihopTask,
+    "tools": ToolsTask,
+}
 
 
 def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
-    """The task `name` (arithmetic, math, or package.module:Name), made with `options` as keyword arguments.
+    """The task `name` (arithmetic, math, multihop, tools, or package.module:Name), made with `options` as keywords.
 
     Raises `ConfigError` for an unknown name, or options that the task does not take.
     """
@@ -32,4 +39,4 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     return make(**(options or {}))
 
 
-__all__ = ["TASKS", "ArithmeticTask", "MathTask", "load_task"]
+__all__ = ["TASKS", "ArithmeticTask", "MathTask", "MultihopTask", "ToolsTask", "load_task"]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from thornback.contracts import Completion, ConfigError, Prompt, Reward
 from thornback.data.rewards import Brevity, Correct, TagFormat, tagged_answer
+from thornback.data.tasks.drawing import distinct, is_held_out
 
 if TYPE_CHECKING:
     from thornback.data.demonstrations import Demonstration
@@ -103,21 +104,16 @@ class ArithmeticTask:
     def problems(self, split: str) -> Iterator[tuple[Problem, str | None]]:
         """The split's problems, each once, with the story that tells it (None: symbols)."""
         rng = np.random.default_rng([self.seed, split == "test"])
-        seen: set[str] = set()
-        misses = 0
-        while len(seen) < self.sizes[split]:
-            problem, story = self._draw(rng)
-            key = f"{problem.canonical}{story}"
-            if key in seen or self.is_held_out(problem) != (split == "test"):
-                misses += 1
-                if misses > 1000 * (len(seen) + 100):
-                    raise ConfigError(
-                        f"The task arithmetic has only about {len(seen)} {split} problems of {self.digits[0]} to "
-                        f"{self.digits[1]} digits, but {self.sizes[split]} were asked for; allow more digits."
-                    )
-                continue
-            seen.add(key)
-            yield problem, story
+        drawn = (self._draw(rng) for _ in count())
+        ours = (draw if self.is_held_out(draw[0]) == (split == "test") else None for draw in drawn)
+
+        def refuse(found: int) -> ConfigError:
+            return ConfigError(
+                f"The task arithmetic has only about {found} {split} problems of {self.digits[0]} to "
+                f"{self.digits[1]} digits, but {self.sizes[split]} were asked for; allow more digits."
+            )
+
+        return distinct(ours, self.sizes[split], lambda draw: f"{draw[0].canonical}{draw[1]}", refuse)
 
     def demonstrations(self, count: int, seed: int = 0, **flaws: float) -> list[Demonstration]:
         """Imperfect worked answers to training problems; `flaws` are fields of `Flaws`."""
@@ -129,8 +125,7 @@ class ArithmeticTask:
             raise ConfigError(f"The demonstrations of the task arithmetic: {error}.") from None
 
     def is_held_out(self, problem: Problem) -> bool:
-        digest = hashlib.blake2b(problem.canonical.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self.held_out_share * 2**64
+        return is_held_out(problem.canonical, self.held_out_share)
 
     def is_correct(self, completion: Completion) -> bool:
         return tagged_answer(completion.text) == completion.prompt.answer

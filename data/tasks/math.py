@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 
@@ -10,6 +9,7 @@ from thornback.contracts import Completion, ConfigError, Prompt, Reward
 from thornback.data.math_judge import MathJudge
 from thornback.data.readers import read_prompts
 from thornback.data.rewards import BoxedFormat, Brevity, Correct
+from thornback.data.tasks.drawing import is_held_out
 
 SYSTEM_PROMPT = "Reason step by step, and put your final answer within \\boxed{}."
 
@@ -71,8 +71,7 @@ class MathTask:
 
     def _is_held_out(self, prompt: Prompt) -> bool:
         """By the problem's text: a problem that stands twice in the data is in one split only."""
-        digest = hashlib.blake2b(prompt.messages[-1]["content"].encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self.held_out_share * 2**64
+        return is_held_out(prompt.messages[-1]["content"], self.held_out_share)
 
     def is_correct(self, completion: Completion) -> bool:
         return self.judge.equal(completion.text, completion.prompt.answer or "")

@@ -16,7 +16,16 @@ from thornback.serve.protocol.chat_response import (
     ToolCallDelta,
     TopLogprob,
 )
-from thornback.serve.protocol.common import ErrorResponse, Health, ModelCard, ModelList, Usage, UsageDetails
+from thornback.serve.protocol.common import (
+    ErrorResponse,
+    Health,
+    ModelCard,
+    ModelList,
+    UpdateWeightsRequest,
+    UpdateWeightsResponse,
+    Usage,
+    UsageDetails,
+)
 from thornback.serve.protocol.completions import (
     CompletionChoice,
     CompletionLogprobs,
@@ -49,6 +58,8 @@ __all__ = [
     "ToolCallDelta",
     "ToolDefinition",
     "TopLogprob",
+    "UpdateWeightsRequest",
+    "UpdateWeightsResponse",
     "Usage",
     "UsageDetails",
 ]

@@ -60,6 +60,9 @@ class GenerationRequest(Strict):
     ignore_eos: bool = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    # This server's own: the deadlines of one request, by the names of the settings that hold for all.
+    request_timeout_s: float | None = Field(default=None, gt=0)
+    first_token_seconds: float | None = Field(default=None, gt=0)
     # Notes of the client's that change nothing here.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -81,6 +84,21 @@ class GenerationRequest(Strict):
     @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+
+class UpdateWeightsRequest(Strict):
+    """As SGLang names it. `model_path`: a run, a model directory or a model of the hub, as the replicas see it.
+    `in_flight`: requests that have begun are computed again with the new weights where they are, or finish with those
+    that they began with, before their replica takes the new ones."""
+
+    model_path: Annotated[str, Field(min_length=1)]
+    weight_version: Annotated[Int, Field(ge=1, le=(1 << 62))] | None = None
+    in_flight: Literal["recompute", "finish"] = "recompute"
+
+
+class UpdateWeightsResponse(BaseModel):
+    weight_version: int
+    num_replicas: int
 
 
 class ErrorBody(BaseModel):

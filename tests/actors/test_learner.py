@@ -81,9 +81,9 @@ def test_kl_to_the_start_is_zero_at_first_and_then_grows(model, batch):
 
 
 def test_a_cached_trajectory_is_measured_against_the_model_that_wrote_it(model, batch):
-    cached = batch.response(3)
-    foreign = batch.response(3, "logprobs") - 1.5
-    trajectories = ((cached, foreign), None, None, None)
+    cached, right = batch.response(3), batch.trajectory(3)
+    foreign = replace(right, logprobs=right.logprobs - 1.5, versions=np.full_like(right.versions, CACHED_VERSION))
+    trajectories = (foreign, None, None, None)
     mixed, _ = worker(model).generate(replace(SHARD, trajectories=trajectories), SAMPLING, 0)
     assert (mixed.response(3, "versions") == CACHED_VERSION).all()
     np.testing.assert_array_equal(mixed.response(3), cached)

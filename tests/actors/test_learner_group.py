@@ -74,7 +74,7 @@ def pair(model, strategy="ddp"):
     )
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("ddp", marks=pytest.mark.full)])
 def test_two_ranks_do_what_one_does(model, batch, alone, start, strategy, tmp_path):
     group = start(pair(model, strategy))
     report = two_updates(group, batch)

@@ -15,6 +15,7 @@ class Scorer:
     """Rewards that say which completion they saw."""
 
     reward_names = ("length", "letters")
+    failures = {"letters are hard": (1, "c")}  # noqa: RUF012
 
     def score(self, completions):
         self.seen = completions
@@ -56,6 +57,7 @@ def test_tables_join(scored):
     joined = RewardTable.concat([table, table])
     assert joined.rewards["length"].tolist() == table.rewards["length"].tolist() * 2
     assert joined.texts == table.texts * 2
+    assert joined.failures == {"letters are hard": (2, "c")}
 
 
 def test_anchors_leave_out_what_does_not_apply():
@@ -65,6 +67,7 @@ def test_anchors_leave_out_what_does_not_apply():
         correct=np.array([1, 1, 0, 0, 0, 0], np.float32),
         lengths=np.ones(6, np.int32),
         truncated=np.zeros(6, bool),
+        num_calls=np.zeros(6, np.int32),
         seconds=0.0,
     )
     first, second = anchors_of(["a", "b"], table, 3)

@@ -11,7 +11,7 @@ from tests.actors.batches import SAMPLING, SHARD, learner, worker
 from thornback.actors import PromptShard, RolloutSpec
 from thornback.actors.engines import make_engine
 from thornback.actors.rollout_worker import RolloutWorkerCore
-from thornback.contracts import ConfigError, EngineConfig, ThornbackError
+from thornback.contracts import CACHED_VERSION, ConfigError, EngineConfig, ThornbackError, Trajectory
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,9 @@ def test_other_weights_than_asked_for_are_an_error(model):
 
 
 def test_a_trajectory_alone_needs_no_sampling(model):
-    cached = (np.array([5, 6], np.int32), np.array([-1.0, -2.0], np.float32))
+    cached = Trajectory(
+        *(np.array(values, np.int32) for values in ([5, 6], [-1, -2], [CACHED_VERSION] * 2, [1, 1])), "stop"
+    )
     shard = PromptShard(("a",), (SHARD.token_ids[0],), (7,), (cached,))
     batch, report = worker(model).generate(shard, replace(SAMPLING, n=1), 0)
     assert report.num_tokens == 0

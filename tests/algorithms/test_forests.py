@@ -22,7 +22,7 @@ from thornback.algorithms import (
     verify,
     verify_all,
 )
-from thornback.algorithms.speculation import belief, doubt, forget, learn, learn_belief, rate
+from thornback.algorithms.speculation import belief, doubt, forget, learn, learn_belief, learn_rest, rate
 from thornback.contracts import TokenForest, TokenTree
 
 SIZES, SECONDS = np.array([1.0, 8.0, 64.0]), np.array([1.0, 1.5, 9.0])
@@ -137,6 +137,7 @@ def test_what_was_said_is_verified_and_learned_from(drawn, data) -> None:
         counts[: len(path)] += 1
         if len(t):
             learn_belief(record, len(path), c.sum())
+            learn_rest(record, len(path))
         for source, trees in enumerate(sources):
             if not len(t):
                 forget(record, source)

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thornback.algorithms import best_size, record_size
-from thornback.algorithms.speculation import belief, doubt, forget, learn, learn_belief, rate
+from thornback.algorithms import best_size, record_size, rests
+from thornback.algorithms.speculation import belief, doubt, forget, learn, learn_belief, learn_rest, rate
 
 SIZES = np.array([1, 8, 64, 256])
 
@@ -61,3 +61,19 @@ def test_promises_that_are_not_kept_are_not_believed() -> None:
     for _ in range(40):
         learn_belief(record, 4, 4.0)
     assert belief(record) > 0.95
+
+
+def test_who_is_never_right_rests_ever_longer_and_who_is_right_does_not() -> None:
+    records, slots = np.zeros((2, record_size(1))), np.array([0, -1, 1])
+    tries = []
+    for now in range(300):
+        resting = rests(records, slots)
+        assert not resting[1:].any()  # one that has no record yet, and one that is right now and then
+        if not resting[0]:
+            tries.append(now)
+            learn_rest(records[0], 0)
+        learn_rest(records[1], now % 3 // 2)
+    assert tries[:6] == [0, 1, 2, 5, 10, 19]  # the first misses are nothing
+    assert np.diff(tries).max() == 65
+    learn_rest(records[0], 1)
+    assert not rests(records, slots).any()

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 
 from thornback.contracts import (
+    CACHED_VERSION,
     FINISH_REASONS,
     Anchor,
     InvalidRequest,
     RolloutBatch,
     SamplingParams,
+    Trajectory,
     WeightView,
     anchors_from_arrow,
     anchors_to_arrow,
@@ -41,20 +43,23 @@ def batches(draw) -> RolloutBatch:
         prompt_keys=np.array([f"käse/{i}" for i in range(count)], dtype=np.str_),
         sample_index=np.arange(count, dtype=np.int32),
         finish_reason=rng.integers(0, len(FINISH_REASONS), count).astype(np.int8),
+        num_calls=rng.integers(0, 5, count, dtype=np.int32),
         correct=rng.integers(0, 2, count).astype(np.float32),
         rewards={"a": rng.random(count, dtype=np.float32), "b.c": np.full(count, np.nan, np.float32)},
+        judged={"d": rng.random(count, dtype=np.float32)},
     )
 
 
 def assert_equal(a: RolloutBatch, b: RolloutBatch) -> None:
     for name in RolloutBatch.__dataclass_fields__:
-        if name != "rewards":
+        if name not in ("rewards", "judged"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
             if name != "prompt_keys":
                 assert getattr(a, name).dtype == getattr(b, name).dtype, name
-    assert list(a.rewards) == list(b.rewards)
-    for name, values in a.rewards.items():
-        np.testing.assert_array_equal(values, b.rewards[name])
+    for ours, theirs in ((a.rewards, b.rewards), (a.judged, b.judged)):
+        assert list(ours) == list(theirs)
+        for name, values in ours.items():
+            np.testing.assert_array_equal(values, theirs[name])
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,23 +84,51 @@ def test_parquet_is_the_same_thing(tmp_path_factory, batch: RolloutBatch) -> Non
     assert_equal(RolloutBatch.from_arrow(pq.read_table(file)), batch)
 
 
+@settings(max_examples=5)
+@given(batches())
+def test_rollouts_of_before_there_were_calls_can_be_read(batch: RolloutBatch) -> None:
+    old = RolloutBatch.from_arrow(batch.to_arrow().drop_columns(["num_calls"]))
+    assert old.num_calls.tolist() == [0] * len(batch)
+
+
+@settings(max_examples=5)
+@given(batches(), batches())
+def test_judgements_may_be_missing_from_a_batch(one: RolloutBatch, other: RolloutBatch) -> None:
+    other.judged.clear()
+    both = RolloutBatch.concat([one, other])
+    np.testing.assert_array_equal(both.judged["d"], [*one.judged["d"], *[np.nan] * len(other)])
+
+
 def test_nothing_cannot_be_concatenated() -> None:
     with pytest.raises(ValueError, match="no rollout batches"):
         RolloutBatch.concat([])
 
 
 def test_anchors_round_trip(tmp_path) -> None:
+    trajectory = Trajectory(
+        token_ids=np.array([4, 5, 6], np.int32),
+        logprobs=np.array([-0.5, 0.0, -1.5], np.float32),
+        versions=np.full(3, CACHED_VERSION, np.int32),
+        loss_mask=np.array([1, 0, 1], np.uint8),
+        finish_reason="stop",
+        num_calls=1,
+        judged={"rubric": 0.5},
+    )
     anchors = [
         Anchor("a", {"x": 0.5, "y": float("nan")}, 0.25, 8),
-        Anchor("b", {"x": 0.0, "y": 1.0}, 0.0, 8, np.array([4, 5], np.int32), np.array([-0.5, -1.5], np.float32)),
+        Anchor("b", {"x": 0.0, "y": 1.0}, 0.0, 8, trajectory),
     ]
     pq.write_table(anchors_to_arrow(anchors), tmp_path / "a.parquet")
     back = anchors_from_arrow(pq.read_table(tmp_path / "a.parquet"))
     assert list(back) == ["a", "b"]
     assert back["a"].trajectory is None
     assert np.isnan(back["a"].rewards["y"])
-    np.testing.assert_array_equal(back["b"].trajectory, anchors[1].trajectory)
-    np.testing.assert_array_equal(back["b"].trajectory_logprobs, anchors[1].trajectory_logprobs)
+    found = back["b"].trajectory
+    for name in ("token_ids", "logprobs", "versions", "loss_mask"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(trajectory, name))
+        assert getattr(found, name).dtype == getattr(trajectory, name).dtype
+    assert (found.finish_reason, found.num_calls, found.judged) == ("stop", 1, {"rubric": 0.5})
+    assert found.turn_starts.tolist() == [0, 1, 2]
     assert (back["b"].accuracy, back["b"].num_rollouts) == (0.0, 8)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thornback.contracts import Completion, ConfigError, Prompt, RewardError
-from thornback.data import ArithmeticTask, Flaws, RuleScorer, as_reward, load_task, make_demonstrations
+from thornback.data import ArithmeticTask, Flaws, RuleScorer, as_reward, check_failures, load_task, make_demonstrations
 from thornback.data.rewards import tagged_answer
 from thornback.data.tasks.arithmetic import Problem
 
@@ -157,14 +158,31 @@ def test_a_users_reward_by_import_path_function_or_class(monkeypatch, tmp_path) 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (raises, r"The reward r, on prompt 47\+38, raised ZeroDivisionError"),
+        (raises, r"The reward r raised ZeroDivisionError: .*: 1 of 2 times, first on prompt 47\+38"),
         (a_string, "returned 'good', a str; return a number, or None"),
         (too_large, r"returned 3.0, but its range is \[0.0, 1.0\]"),
     ],
 )
-def test_what_is_no_score_is_refused(function, message) -> None:
+def test_what_is_no_score_is_counted_and_refused_where_it_is_too_much(function, message) -> None:
+    scorer = RuleScorer(ArithmeticTask(), [as_reward("r", function), as_reward("half", halved)])
+    scores = scorer.score([completion("x")])
+    assert np.isnan(scores["r"][0])
+    assert np.isfinite(scores["half"][0])
     with pytest.raises(RewardError, match=message):
-        RuleScorer(ArithmeticTask(), [as_reward("r", function)]).score([completion("x")])
+        check_failures(scorer.failures, 2, 0.4)
+    check_failures(scorer.failures, 2, 0.5)
+    scorer.score([])
+    assert not scorer.failures
+
+
+def test_a_verdict_may_be_numpys() -> None:
+    class Numpys(ArithmeticTask):
+        def is_correct(self, completion):
+            return np.bool_(True)
+
+    scorer = RuleScorer(Numpys(), [as_reward("half", halved)])
+    assert scorer.score([completion("x")])["correct"].tolist() == [1.0]
+    assert not scorer.failures
 
 
 def test_the_verdict_cannot_be_replaced() -> None:

@@ -16,7 +16,8 @@ def rollouts() -> RolloutBatch:
         logprobs=np.array([-1, -2, -3], np.float32), versions=np.zeros(3, np.int32), loss_mask=np.ones(3, np.uint8),
         turn_starts=np.zeros(2, np.int32), turn_offsets=offsets_of([1, 1]), prompt_keys=np.array(["a", "a"]),
         sample_index=np.array([0, 1], np.int32), finish_reason=np.array([0, 1], np.int8),
-        correct=np.array([1, np.nan], np.float32), rewards={"x": np.array([0.5, np.nan], np.float32)},
+        num_calls=np.array([0, 3], np.int32), correct=np.array([1, np.nan], np.float32),
+        rewards={"x": np.array([0.5, np.nan], np.float32)}, judged={"y": np.array([np.nan, 2], np.float32)},
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,12 +141,20 @@ def test_a_program_runs_on_as_many_threads_as_it_gets() -> None:
     _run_in_a_process(GATHER, OMP_THREAD_LIMIT="1")
 
 
-def test_kernels_are_kept_where_that_is_possible(tmp_path, monkeypatch) -> None:
+ATTEND = (
+    "from thornback.engine import paged_attention\n"
+    "for width in (8, 16): paged_attention.attention_kernel(4, 2, width, 16)"
+)
+
+
+def test_kernels_are_kept_where_that_is_possible(tmp_path) -> None:
+    code = f"{GATHER}\n{ATTEND}"
     _run_in_a_process(GATHER, XDG_CACHE_HOME="/proc/nowhere")
-    _run_in_a_process(GATHER, XDG_CACHE_HOME=str(tmp_path))
+    _run_in_a_process(code, XDG_CACHE_HOME=str(tmp_path))
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
-    assert any("gather" in path.name for path in kept)
-    _run_in_a_process(GATHER, XDG_CACHE_HOME=str(tmp_path))
+    for name in ("gather", "attend"):
+        assert any(name in path.name for path in kept)
+    _run_in_a_process(code, XDG_CACHE_HOME=str(tmp_path))
     assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
 
 
@@ -280,3 +289,15 @@ def test_a_pass_that_goes_on_from_the_last_is_that_from_nothing(tiny_model, bloc
         results.append(tokens)
     assert results[0] == results[1]
     assert advanced.count(True) > 20
+
+
+def test_kernels_hold_every_array_whose_address_they_take() -> None:
+    """Or its memory may be another thread's before the kernel is done with it."""
+    taken = 0
+    for path in Path(kernels.__file__).parent.glob("*.py"):
+        source = path.read_text()
+        if "@Kernel(" in source and path.name != "compiled.py":
+            names = re.findall(r"\b(\w+)\.ctypes\.data", source)
+            taken += len(names)
+            assert [name for name in names if f"hold({name})" not in source] == [], path.name
+    assert taken >= 5

@@ -7,26 +7,16 @@ import time
 import pytest
 
 from tests.engine.contract import PROMPTS
-from thornback.contracts import EngineConfig, KVImport, Request, SamplingParams
+from tests.engine.hand_over import PARAMS, SIZES, prefilled
+from thornback.contracts import EngineConfig, KVImport, Request
 from thornback.engine import TorchEngine, copy_parameters, generate, read_export
-
-PARAMS = SamplingParams(max_tokens=12, ignore_eos=True, seed=11)
 
 
 @pytest.fixture
 def engines(tiny_model, tmp_path):
-    config = {"block_size": 4, "num_blocks": 48, "max_model_len": 128, "max_num_seqs": 8}
     location = str(tmp_path / "pool")
-    prefill = TorchEngine(tiny_model("qwen3"), EngineConfig(**config, kv_location=location, lease_seconds=0.3))
-    return prefill, TorchEngine(tiny_model("qwen3"), EngineConfig(**config))
-
-
-def prefilled(engine, name: str, prompt):
-    engine.add_request(Request(name, prompt, PARAMS, export_kv=True))
-    outputs = []
-    while engine.has_unfinished_requests():
-        outputs += engine.step()
-    return outputs[-1]
+    prefill = TorchEngine(tiny_model("qwen3"), EngineConfig(**SIZES, kv_location=location, lease_seconds=0.3))
+    return prefill, TorchEngine(tiny_model("qwen3"), EngineConfig(**SIZES))
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

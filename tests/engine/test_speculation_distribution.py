@@ -33,14 +33,15 @@ def model(tiny_model, tmp_path_factory) -> Path:
 
 
 class Likely:
-    """Proposes trees of the tokens that the model likes, of changing shapes."""
+    """Proposes trees of the tokens that the model likes, of changing shapes: one after the other of a thousand."""
 
     def __init__(self, tokens: list[int]) -> None:
-        self.tokens, self.rng = tokens, np.random.default_rng(0)
+        rng = np.random.default_rng(0)
+        paths = [[rng.choice(tokens, 2).tolist() for _ in range(5)] for _ in range(997)]
+        self.trees = itertools.cycle([tree_of(of_one) for of_one in paths])
 
     def retrieve(self, context: np.ndarray, num_nodes: int) -> TokenTree:
-        paths = [self.rng.choice(self.tokens, 2).tolist() for _ in range(5)]
-        return tree_of(paths)
+        return next(self.trees)
 
 
 def third_token(reference: Reference, params: SamplingParams) -> tuple[np.ndarray, list[int]]:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import openai
 import pytest
 
 MODEL, KEY = "tiny", "secret-key"
-START_TIMEOUT_S = 150
+START_TIMEOUT_S = 330  # longer than the server's own patience, after which it says why
+CACHE = ("engine.kv_cache_memory_bytes=200000000",)  # enough, and quickly there
 
 # ChatML with tools, as Qwen's models use it.
 TOOL_TEMPLATE = (
@@ -75,77 +77,103 @@ class Running:
         headers = {"Authorization": f"Bearer {KEY}"}
         return httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=60)
 
+    def page(self) -> str:
+        """What Prometheus would read."""
+        return httpx.get(f"{self.url}/metrics", trust_env=False, timeout=30).text
+
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
-        page = httpx.get(f"{self.url}/metrics", trust_env=False, timeout=30).text
-        return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", page, re.MULTILINE))
+        return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", self.page(), re.MULTILINE))
 
-    def replica_pids(self) -> list[int]:
-        """Processes of the replicas, among the server's own."""
+    def engines(self) -> set[str]:
+        """The replicas that the gateway which answers knows: Deployment#id."""
+        return set(re.findall(r'^vllm:num_requests_running{engine="([^"]+)"', self.page(), re.MULTILINE))
+
+    def replica_pids(self, deployment: str = "Replica") -> list[int]:
+        """Processes of a deployment's replicas, among the server's own."""
         import psutil
 
-        found = psutil.Process(self.process.pid).children(recursive=True)
-        return [p.pid for p in found if any("Replica:thornback:Replica" in part for part in p.cmdline())]
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it has ended since
+                if any(f"Replica:thornback:{deployment}" in part for part in process.cmdline()):
+                    found.append(process.pid)
+        return found
 
 
-@pytest.fixture(scope="session")
-def serve() -> Iterator[Callable[..., Running]]:
-    """`serve(model, "key=value", ...)`: a server; all end with the session."""
-    running: list[Running] = []
+def _start(model: Path | str, *overrides: str) -> Running:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "thornback", "serve", str(model), *CACHE, *overrides, "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+    log: list[str] = []
+    threading.Thread(target=lambda: log.extend(process.stdout), daemon=True).start()
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        match = re.search(r"answers at (http://\S+)/v1", "".join(log))
+        if match:
+            return Running(match[1], process, log)
+        time.sleep(0.1)
+    _stop([Running("", process, log)])  # with its Ray, which would be in the way of all that follow
+    raise AssertionError(f"the server did not start:\n{''.join(log)}")
 
-    def start(model: Path | str, *overrides: str) -> Running:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "thornback", "serve", str(model), *overrides, "--port", "0"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        log: list[str] = []
-        threading.Thread(target=lambda: log.extend(process.stdout), daemon=True).start()
-        server = Running("", process, log)
-        running.append(server)
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline and process.poll() is None:
-            match = re.search(r"answers at (http://\S+)/v1", "".join(log))
-            if match:
-                server.url = match[1]
-                return server
-            time.sleep(0.1)
-        raise AssertionError(f"the server did not start:\n{''.join(log)}")
 
-    yield start
-    for server in running:
+def _stop(servers: list[Running]) -> None:
+    for server in servers:
         server.process.send_signal(signal.SIGINT)
-    for server in running:
+    for server in servers:
         try:
             server.process.wait(60)
         except subprocess.TimeoutExpired:
             server.process.kill()
 
 
-@pytest.fixture(scope="session")
-def server(serve: Callable[..., Running], byte_model: Path) -> Running:
-    """The server that all tests share; it wants a key, and takes little at a time."""
-    return serve(
-        byte_model,
-        f"served_model_name={MODEL}",
-        f"api_keys=[{KEY}, another-key]",
-        "threads_per_replica=1",
-        "limits.max_in_flight=64",
-        "limits.max_queued=8",
-        "limits.max_sequences=64",
-        "limits.queue_timeout_s=20",
-        "limits.max_body_bytes=1000000",
-    )
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Callable[..., Running]]:
+    """`serve(model, "key=value", ...)`: a server. All end with the module: a Ray that idles takes a fifth of a core."""
+    running: list[Running] = []
+
+    def start(model: Path | str, *overrides: str) -> Running:
+        running.append(_start(model, *overrides))
+        return running[-1]
+
+    yield start
+    _stop(running)
 
 
 @pytest.fixture(scope="session")
+def _shared() -> list[Running]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def server(request: pytest.FixtureRequest, _shared: list[Running], byte_model: Path) -> Running:
+    """The server that the modules of this folder share; it wants a key, and takes little at a time."""
+    if not _shared:
+        settings = {
+            "served_model_name": MODEL,
+            "api_keys": f"[{KEY}, another-key]",
+            "threads_per_replica": 1,
+            "limits.max_in_flight": 64,
+            "limits.max_queued": 8,
+            "limits.max_sequences": 64,
+            "limits.queue_timeout_s": 20,
+            "limits.max_body_bytes": 1000000,
+        }
+        _shared.append(_start(byte_model, *(f"{key}={value}" for key, value in settings.items())))
+        request.node.getparent(pytest.Directory).addfinalizer(lambda: _stop(_shared))
+    return _shared[0]
+
+
+@pytest.fixture(scope="module")
 def client(server: Running) -> openai.OpenAI:
     return server.client()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def http(server: Running) -> httpx.Client:
     return server.http()

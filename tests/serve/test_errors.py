@@ -142,3 +142,11 @@ def test_more_than_the_server_takes(server, http):
     assert int(full.headers["Retry-After"]) >= 1
     assert full.json()["error"]["type"] == "rate_limit_error"
     assert http.post("/v1/completions", json=TEXT).status_code == 200  # and it has recovered
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(5e-324, 504), (60, 200)])
+def test_a_requests_own_deadline(http, seconds, status):
+    answer = http.post("/v1/completions", json={**TEXT, "request_timeout_s": seconds})
+    assert answer.status_code == status
+    if status == 504:
+        assert answer.json()["error"]["type"] == "timeout_error"

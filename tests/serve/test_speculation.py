@@ -16,6 +16,7 @@ import ray
 from thornback.cli.main import main
 from thornback.contracts import EngineLoad, SpeculationStats
 from thornback.data import Datastore, load_tokenizer, tokenizer_fingerprint
+from thornback.serve.link import ReplicaReport
 from thornback.serve.metrics import Metrics
 from thornback.train.build import build_model
 
@@ -152,6 +153,7 @@ def refused(capsys, *arguments: str) -> str:
 def test_sources_that_do_not_fit_are_refused_at_the_start(
     byte_model, tiny_model, sources, small, tmp_path, capsys
 ) -> None:
+    was = ray.is_initialized()
     store, head = map(str, sources)
     model, other, rasd = (
         str(byte_model),
@@ -180,7 +182,7 @@ def test_sources_that_do_not_fit_are_refused_at_the_start(
     assert "is damaged" in refused(capsys, model, *rasd, "--draft", str(mute))
     assert "no readable config.json" in refused(capsys, model, *rasd, "--draft", str(tmp_path / "none"))
     assert "the method is off" in refused(capsys, model, "--datastore", store)
-    assert not ray.is_initialized()  # nothing had begun
+    assert ray.is_initialized() == was  # nothing had begun
 
 
 def test_counters_rise_when_engines_start_over() -> None:
@@ -190,8 +192,13 @@ def test_counters_rise_when_engines_start_over() -> None:
     metrics = Metrics("m")
     page = ""
     for stats in ((10, 50, 20, 0), (12, 60, 25, 1)):
-        page = metrics.render({"a": load(*stats), "b": load(1, 2, 1, 0)}, 0).decode()
-    assert 'vllm:spec_decode_num_drafts_total{engine="a",model_name="m"} 12.0' in page
-    assert 'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="a",model_name="m",position="0"} 25.0' in page
-    assert 'thornback:spec_decode_num_failures_total{engine="a",model_name="m"} 1.0' in page
-    assert 'vllm:spec_decode_num_draft_tokens_total{engine="b",model_name="m"} 2.0' in page
+        loads = {"a": load(*stats), "b": load(1, 2, 1, 0)}
+        reports = [ReplicaReport("Replica", name, "node", 32, of) for name, of in loads.items()]
+        page = metrics.render(reports, [metrics.own(0)])
+    assert 'vllm:spec_decode_num_drafts_total{engine="Replica#a",model_name="m"} 12.0' in page
+    assert (
+        'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="Replica#a",model_name="m",position="0"} 25.0'
+        in page
+    )
+    assert 'thornback:spec_decode_num_failures_total{engine="Replica#a",model_name="m"} 1.0' in page
+    assert 'vllm:spec_decode_num_draft_tokens_total{engine="Replica#b",model_name="m"} 2.0' in page

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import os
 
 import httpx
-import numpy as np
 import pytest
 
 from thornback.contracts import ConfigError
@@ -20,26 +19,24 @@ def ask(server, **more):
 
 @pytest.mark.full
 def test_a_server_in_a_ray_that_runs(ray_cluster, byte_model, tmp_path):
-    from ray import serve as ray_serve
+    from transformers import AutoTokenizer
 
-    from thornback.contracts import WeightView
-    from thornback.engine import copy_parameters, load_model
+    from thornback.train.build import build_model
 
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "max_position_embeddings": 8192}
+    newer = build_model(tmp_path / "newer", tokenizer, vocab_size=len(tokenizer), seed=1, **sizes)
     run = tmp_path / "my-run"
     run.mkdir()
     (run / "model").symlink_to(byte_model)
-    with start(run, port=0, threads_per_replica=1, num_replicas=2) as server:
+    with start(run, port=0, threads_per_replica=1, num_replicas=2, weight_updates=True) as server:
         assert ray_cluster.is_initialized()
         before = ask(server)
         assert before.headers["x-thornback-weight-version"] == "0"
 
-        view = copy_parameters(load_model(byte_model))
-        other = WeightView(view.buffer.view(np.float32)[::-1].copy().view(np.uint8), view.index)
-        handle = ray_serve.get_deployment_handle("Replica", server.config.app_name)
-        deadline = time.monotonic() + 30  # a new handle hears of the replicas one by one
-        while len(handle.broadcast("load").results(timeout_s=30)) < 2:
-            assert time.monotonic() < deadline
-        handle.broadcast("load_weights", other, 7).results(timeout_s=60)
+        body = {"model_path": str(newer), "weight_version": 7}
+        told = httpx.post(f"{server.url}/update_weights_from_disk", json=body, trust_env=False, timeout=120)
+        assert told.json() == {"weight_version": 7, "num_replicas": 2}
         after = [ask(server) for _ in range(4)]
         assert {answer.headers["x-thornback-weight-version"] for answer in after} == {"7"}
         assert {answer.json()["system_fingerprint"] for answer in after} == {"weights-7"}
@@ -75,3 +72,17 @@ def test_settings_from_python_are_checked(byte_model):
     with pytest.raises(ConfigError, match="did you mean port"):
         start(byte_model, prot=1)
     assert ServeConfig(model="m").host == "127.0.0.1"
+
+
+def test_haproxy_has_ports_of_its_own_unless_they_are_given(monkeypatch):
+    from thornback.serve import server
+
+    for name in server.HAPROXY_PORTS:
+        monkeypatch.delenv(name, raising=False)
+    ports = [server._haproxys()[name] for name in server.HAPROXY_PORTS]
+    assert len({*ports, "9101", "8404"}) == 4
+    monkeypatch.setenv(server.HAPROXY_PORTS[0], "9200")
+    with server._environment(server._haproxys()):
+        assert os.environ[server.HAPROXY_PORTS[0]] == "9200"
+        assert os.environ[server.HAPROXY] == "1"
+    assert server.HAPROXY not in os.environ

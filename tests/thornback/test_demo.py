@@ -7,7 +7,10 @@ from rich.console import Console
 
 from thornback.contracts import NotImproved
 from thornback.demo import check_improved, demo_config, table_of
+from thornback.demo_tasks import DEMOS
 from thornback.train.report import Change, read_run
+
+SUMS, AGENT = DEMOS["arithmetic"], DEMOS["multihop"]
 
 
 def changes(accuracy=(0.3, 0.8), greedy=(0.9, 0.9), brevity=(0.85, 0.9)):
@@ -20,8 +23,8 @@ def changes(accuracy=(0.3, 0.8), greedy=(0.9, 0.9), brevity=(0.85, 0.9)):
 
 
 def test_an_improved_model_passes_and_small_losses_are_allowed():
-    check_improved(changes())
-    check_improved(changes(accuracy=(0.3, 0.501), greedy=(0.9, 0.881), brevity=(0.85, 0.831)))
+    check_improved(changes(), SUMS)
+    check_improved(changes(accuracy=(0.3, 0.501), greedy=(0.9, 0.881), brevity=(0.85, 0.831)), SUMS)
 
 
 @pytest.mark.parametrize(
@@ -34,12 +37,20 @@ def test_an_improved_model_passes_and_small_losses_are_allowed():
 )
 def test_says_so_if_the_model_did_not_improve(worse, said):
     with pytest.raises(NotImproved, match=said):
-        check_improved(changes(**worse))
+        check_improved(changes(**worse), SUMS)
+
+
+def test_an_agent_must_double_what_it_had():
+    check_improved(changes(accuracy=(0.3, 0.6)), AGENT)
+    with pytest.raises(NotImproved, match=r"went from 45.0% to 89.0%, and not to 90.0%"):
+        check_improved(changes(accuracy=(0.45, 0.89)), AGENT)
+    with pytest.raises(NotImproved, match=r"warm start was too weak: sampled accuracy was 15.0%"):
+        check_improved(changes(accuracy=(0.15, 0.6)), AGENT)
 
 
 def test_a_run_without_evaluations_is_no_success():
     with pytest.raises(NotImproved, match="no evaluation before and after"):
-        check_improved([])
+        check_improved([], SUMS)
 
 
 def test_the_table_has_every_figure(capsys):
@@ -49,14 +60,15 @@ def test_the_table_has_every_figure(capsys):
     assert ["response", "length", "30.0", "20.0", "-10.0"] in rows
 
 
-def test_the_demo_trains_with_anchored_dvao_from_nothing():
-    config = demo_config(seed=3, directory="")
+@pytest.mark.parametrize(("task", "directory"), [("arithmetic", "runs/demo-3"), ("multihop", "runs/demo-multihop-3")])
+def test_the_demo_trains_with_anchored_dvao_from_nothing(task, directory):
+    config = demo_config(seed=3, directory="", task=task)
     assert config.algorithm.estimator == "anchored_dvao"
     assert config.model.build is not None
     assert config.warm_start is not None
     assert config.anchors is not None
     assert config.evaluation.num_prompts >= 500
-    assert config.directory == "runs/demo-3"
+    assert config.directory == directory
 
 
 @pytest.mark.full

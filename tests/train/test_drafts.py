@@ -49,6 +49,7 @@ def documents(tmp_path_factory):
     return path
 
 
+@pytest.mark.full
 def test_thornback_draft(fluent, documents, tmp_path, capsys, monkeypatch) -> None:
     out = tmp_path / "head"
     monkeypatch.chdir(tmp_path)  # relative paths are what people type

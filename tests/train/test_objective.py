@@ -24,7 +24,9 @@ RANGES = np.array([[0.0, 1.0], [-5.0, 15.0]])
 def table(right, points):
     n = len(right)
     rewards = {"right": np.array(right, np.float32), "points": np.array(points, np.float32)}
-    return RewardTable(rewards, rewards["right"], np.full(n, 7, np.int32), np.arange(n) % 2 == 0, 0.0)
+    return RewardTable(
+        rewards, rewards["right"], np.full(n, 7, np.int32), np.arange(n) % 2 == 0, np.zeros(n, np.int32), 0.0
+    )
 
 
 def objective(estimator, **constants):

@@ -69,11 +69,11 @@ def test_right_answers_of_the_larger_model_train_in_place_of_a_sample(run):
                 continue
             seen += 1
             assert [batch.sample_index[i] for i in foreign] == [3] * (len(rows) // 4)  # the last of the group
-            assert batch.response(foreign[0]).tolist() == cached[key].trajectory.tolist()
-            assert batch.response(foreign[0], "logprobs") == pytest.approx(cached[key].trajectory_logprobs)
+            assert batch.response(foreign[0]).tolist() == cached[key].trajectory.token_ids.tolist()
+            assert batch.response(foreign[0], "logprobs") == pytest.approx(cached[key].trajectory.logprobs)
             assert batch.correct[foreign[0]] == 1
             letter = Lucky.answers()[key]
-            assert letter in tokenizer.decode(cached[key].trajectory)
+            assert letter in tokenizer.decode(cached[key].trajectory.token_ids)
     assert seen
 
 

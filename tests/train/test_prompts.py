@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thornback.contracts import Anchor, DataError, Prompt
+from thornback.contracts import Anchor, DataError, Prompt, Trajectory
 from thornback.train import Trainer, make_config
 from thornback.train.prompts import PromptSource, TokenizedPrompt, seed_of
 from thornback.train.tokenize import tokenize_prompts
@@ -65,11 +65,11 @@ def test_pieces_are_contiguous_and_even(count, workers):
 
 
 def test_cached_trajectories_come_along():
-    trajectory, logprobs = np.array([1, 2]), np.array([-1.0, -2.0])
-    anchors = {"p1": Anchor("p1", {}, 0.0, 4, trajectory, logprobs), "p0": Anchor("p0", {}, 0.5, 4)}
+    trajectory = Trajectory(*(np.array([1, 2]) for _ in range(4)), "stop")
+    anchors = {"p1": Anchor("p1", {}, 0.0, 4, trajectory), "p0": Anchor("p0", {}, 0.5, 4)}
     shard = PromptSource(prompts(2), 0, 2, shuffle=False).batch(0, anchors).shard
     assert shard.trajectories[0] is None
-    assert shard.trajectories[1] == (trajectory, logprobs)
+    assert shard.trajectories[1] is trajectory
 
 
 def test_prompts_too_long_for_the_model_are_named_by_file_and_row(tiny_model, tmp_path, capsys):

@@ -197,6 +197,27 @@ def test_adapters_a_kl_and_anchors_that_are_estimated_again(ray_cluster, tiny_mo
     assert sum(e["kind"] == "anchors" for e in events(tmp_path)) == 3
 
 
+def fragile(completion):
+    """Cannot bear an e."""
+    if "e" in completion.text:
+        raise ValueError("an e")
+    return 0.5
+
+
+@pytest.mark.full
+def test_a_reward_that_fails_at_times_is_counted_and_costs_its_own_judgement(ray_cluster, tiny_model, tmp_path):
+    values = settings(
+        tiny_model("qwen3"), tmp_path, run={"steps": 1}, scoring={"max_failed_share": 0.95}, evaluation={"every": 0}
+    )
+    Trainer(values, reward={**REWARDS, "fragile": fragile}).train()
+    (row,) = lines(tmp_path / "metrics.jsonl")
+    (event,) = (e for e in events(tmp_path) if e["kind"] == "reward_failed")
+    assert 0 < row["reward/failed"] < row["num_rollouts"]
+    assert event["message"].startswith(f"{row['reward/failed']:.0f} rollouts, first on prompt ")
+    assert event["message"].endswith("The reward fragile raised ValueError: an e")
+    assert row["reward/fragile/mean"] == 0.5
+
+
 def test_rewards_in_python_are_tried_before_anything_starts(tiny_model, tmp_path):
     values = settings(tiny_model("qwen3"), tmp_path)
     with pytest.raises(RewardError, match="good"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from thornback.contracts import ConfigError, DataError
-from thornback.data import ArithmeticTask, character_tokenizer, make_demonstrations
+from thornback.data import ArithmeticTask, character_tokenizer, load_task, make_demonstrations
 from thornback.engine import load_model
 from thornback.train.config import make_config
 from thornback.train.sections import WarmStartSection
@@ -72,10 +72,10 @@ def test_a_task_without_demonstrations_is_refused(tiny_model, tmp_path) -> None:
         {"task": {"name": "math", "options": {"path": str(tmp_path / "sums.jsonl")}}, "warm_start": {}}
     )
     with pytest.raises(ConfigError, match="gives no demonstrations"):
-        warm_start(config, tiny_model("qwen3"), tmp_path / "x")
+        warm_start(config, load_task(config.task.name, config.task.options), tiny_model("qwen3"), tmp_path / "x")
     config = make_config({"warm_start": {"options": {"spoiled": 1}}})
     with pytest.raises(ConfigError, match="spoiled"):
-        warm_start(config, tiny_model("qwen3"), tmp_path / "x")
+        warm_start(config, load_task(config.task.name, config.task.options), tiny_model("qwen3"), tmp_path / "x")
 
 
 def test_no_demonstrations_is_an_error_before_anything_starts(tiny_model, tmp_path) -> None:

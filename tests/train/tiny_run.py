@@ -66,6 +66,26 @@ def settings(model_path: Path | str, directory: Path | str, **sections: dict[str
     return {name: {**values.get(name, {}), **sections.get(name, {})} for name in {**values, **sections}}
 
 
+# What guesses cost here, so that some are always worth it, on any machine.
+COSTS = {"costs": [[1, 1e-3], [256, 1.1e-3]]}
+
+
+def speculating(model: Path | str, directory: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run of three epochs, of answers that often repeat."""
+    directory.mkdir(exist_ok=True)
+    (directory / "speculation.json").write_text(json.dumps(COSTS))
+    rollout = {"speculate": "rasd", "rasd": {"max_sequences": 64}, "temperature": 0.1, "max_tokens": 16}
+    values = settings(model, directory, run={"steps": 8, "save_rollouts": True}, **sections)
+    values["rollout"] |= rollout | sections.get("rollout", {})
+    return values
+
+
+def drafted(model: Path | str, directory: Path, head: str) -> dict[str, Any]:
+    """A speculating run whose draft head follows the policy; checkpoints lie between two refreshes."""
+    rasd = {"draft": head, "draft_refresh_every": 2, "draft_refresh_updates": 4, "draft_learning_rate": 5e-3}
+    return speculating(model, directory, rollout={"rasd": {"max_sequences": 64, **rasd}})
+
+
 def trainer(values: dict[str, Any]) -> Trainer:
     from thornback.train import Trainer  # which a reward model, whose rewards are here, needs not
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 import thornback
-from thornback.cli import datastore, demo, draft, serving, submit, training
+from thornback.cli import datastore, demo, draft, reward_model, serving, submit, training
 from thornback.contracts import ThornbackError
 
 USER_ERROR = 2
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"thornback {thornback.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (demo, training, serving, datastore, draft, submit):
+    for module in (demo, training, serving, datastore, draft, reward_model, submit):
         module.add_commands(commands)
     return parser
 

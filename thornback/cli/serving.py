@@ -1,4 +1,4 @@
-"""`thornback serve`."""
+"""`thornback serve` and `thornback status`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,18 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--speculate", choices=["off", "rasd"], help="several tokens a pass (docs/speculation.md)")
     parser.add_argument("--datastore", metavar="FILE", help="guess from what thornback datastore build has written")
     parser.add_argument("--draft", metavar="DIRECTORY", help="guess by a draft head, or by a small model")
+    parser.add_argument("--pd", action="store_true", help="compute prompts and answers by replicas of their own")
     parser.set_defaults(run=run)
+    parser = commands.add_parser("status", help="what a server's replicas do now")
+    parser.add_argument("url", metavar="URL", nargs="?", default="http://127.0.0.1:8000", help="(default: %(default)s)")
+    parser.add_argument("--once", action="store_true", help="print it once instead of showing it until Ctrl-C")
+    parser.set_defaults(run=status)
+
+
+def status(arguments: argparse.Namespace) -> None:
+    from thornback.serve.status import watch
+
+    watch(arguments.url, arguments.once)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -34,6 +45,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     flags = {
         "host": arguments.host,
         "port": arguments.port,
+        "prefill_replicas": 1 if arguments.pd and "prefill_replicas" not in nested else None,
         "speculation.method": arguments.speculate,
         "speculation.datastore": arguments.datastore,
         "speculation.draft": arguments.draft,
