@@ -84,7 +84,7 @@ def _add_operations(app: FastAPI, gateway: Gateway) -> None:
         reports = gateway.pool.reports()
         if not reports:
             raise Unavailable("No replica is ready.", code="not_ready", headers=RETRY_AFTER)
-        return Health(model=gateway.model_name, weight_version=min(r.engine.weight_version for r in reports))
+        return Health(model=gateway.model_name, weight_version=min(r.weight_version for r in reports))
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

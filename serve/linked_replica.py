@@ -173,7 +173,8 @@ class LinkedReplica:
             self._lose(reason)
 
     def _take(self, item: LinkItem) -> None:
-        self.report = item.report
+        newer = self.report.weight_version > item.report.weight_version  # an item that was under way while weights came
+        self.report = replace(item.report, update=self.report.update) if newer else item.report
         if not self.ready:
             self.ready = True
             self._on_ready(self)
