@@ -17,13 +17,15 @@ gradient norm is above three times the run's median, and the curves of both rewa
 Controls: `noise`, a reward that is a coin flip, as a third one, under DVAO with and without a cap of its weight; and
 groups of four.
 
-Runs are kept: a second call goes on where the first was stopped.
+What comes of each run is kept in docs/results/runs/dvao.jsonl (of a quick one, in the user's cache): a second call goes
+on where the first was stopped, and with all runs there it only reports. Remove the file to make them again.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,7 +33,19 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiment_tasks import QUICK_STEPS, TASKS, recipe, start
-from benchmarks.experiments import RATES, SEARCH_SEEDS, Experiment, hypervolume, interval, over, run_grid, tuned
+from benchmarks.experiments import (
+    RATES,
+    Experiment,
+    Outcomes,
+    WarmUp,
+    hypervolume,
+    interval,
+    outcomes_of,
+    over,
+    run_grid,
+    series,
+    tuned,
+)
 from benchmarks.results import Results, run
 from thornback.contracts import Completion
 from thornback.train.cluster import cluster
@@ -54,7 +68,7 @@ def hash_of(text: str) -> int:
 
 
 def experiment(
-    labels: dict[str, Any], model: str, steps: int, learning_rate: float, samples: int = 8, **sections: Any
+    labels: dict[str, Any], model: WarmUp, steps: int, learning_rate: float, samples: int = 8, **sections: Any
 ) -> Experiment:
     """A run of `labels`' task and seed, from `model`; `sections` of a recipe tell how it learns."""
     how = recipe(labels["task"], labels["seed"], steps, learning_rate, samples, evaluations=3, **sections)
@@ -73,30 +87,26 @@ def learns(task: str, method: str, w1: float) -> dict[str, Any]:
     }
 
 
-def learning_rates(quick: bool, say: Callable[[str], None]) -> dict[tuple[str, str], float]:
+def learning_rates(outcomes: Outcomes, say: Callable[[str], None]) -> dict[tuple[str, str], float]:
     """By task and method, from runs at equal weights on seeds of their own."""
-    if quick:
-        return {(task, method): RATES[1] for task in TASKS for method in METHODS}
-    models = {(task, seed): start(task, seed, quick, say) for task in TASKS for seed in SEARCH_SEEDS}
 
     def run(task: str, method: str, seed: int, rate: float) -> Experiment:
         labels = {"task": task, "method": method, "seed": seed}
-        return experiment(labels, models[task, seed], STEPS, rate, **learns(task, method, 0.5))
+        return experiment(labels, start(task, seed, False), STEPS, rate, **learns(task, method, 0.5))
 
     def score(outcome: Mapping[str, Any]) -> float:
         return math.prod(point(outcome["task"], outcome))
 
-    return tuned("dvao", TASKS, METHODS, run, score, say)
+    return tuned(outcomes, TASKS, METHODS, run, score, say)
 
 
-def experiments(quick: bool, say: Callable[[str], None]) -> list[Experiment]:
-    """The whole grid."""
-    rates = learning_rates(quick, say)
+def experiments(rates: Mapping[tuple[str, str], float], quick: bool) -> list[Experiment]:
+    """The whole grid, with learning rates by task and method."""
     seeds, steps = (range(2), QUICK_STEPS) if quick else (range(SEEDS), STEPS)
     grid = []
     for task in TASKS:
         for seed in seeds:
-            model = start(task, seed, quick, say)
+            model = start(task, seed, quick)
 
             def add(method: str, w1: float, control: str = "", samples: int = 8, **sections: Any) -> None:
                 labels = {"task": task, "method": method, "w1": w1, "seed": seed, "control": control}  # noqa: B023
@@ -120,8 +130,10 @@ def experiments(quick: bool, say: Callable[[str], None]) -> list[Experiment]:
 
 
 def measure(quick: bool, say: Callable[[str], None]) -> Results:
+    there = outcomes_of("dvao", quick)
     with cluster(None):
-        outcomes = run_grid("dvao", experiments(quick, say), say)
+        rates = dict.fromkeys(product(TASKS, METHODS), RATES[1]) if quick else learning_rates(there, say)
+        outcomes = run_grid(experiments(rates, quick), there, say)
     results = Results("dvao")
     gains = []
     for task in TASKS:
@@ -162,7 +174,6 @@ def front_volumes(task: str, outcomes: list[dict[str, Any]], method: str) -> dic
 
 def row(task: str, outcomes: list[dict[str, Any]], method: str) -> dict[str, Any]:
     of = plain(outcomes, method)
-    steps = [step for o in of for step in o["steps"]]
     volumes = list(front_volumes(task, outcomes, method).values())
     found = {"name": method, "task": task, "hypervolume": mean(volumes), "runs": len(of)}
     found["learning_rate"] = of[0]["learning_rate"]
@@ -170,8 +181,8 @@ def row(task: str, outcomes: list[dict[str, Any]], method: str) -> dict[str, Any
         points = np.array([point(task, o) for o in of if o["w1"] == w1])
         found[f"w1={w1}"] = ", ".join(f"{value:.3f}" for value in points.mean(0))
     return found | {
-        "mean_square": mean(s["advantage/mean_square"] for s in steps),
-        "largest": max(s["advantage/abs_max"] for s in steps),
+        "mean_square": float(np.mean([series(o, "advantage/mean_square") for o in of])),
+        "largest": float(np.max([series(o, "advantage/abs_max") for o in of])),
         "grad_norm_spikes": mean(map(spikes, of)),
     }
 
@@ -179,7 +190,7 @@ def row(task: str, outcomes: list[dict[str, Any]], method: str) -> dict[str, Any
 def spikes(outcome: dict[str, Any]) -> float:
     """The share of steps whose gradient is more than three times as large as the run's median; where there was nothing
     to learn it is 0."""
-    norms = np.array([step.get("grad_norm", 0.0) for step in outcome["steps"]])
+    norms = series(outcome, "grad_norm")
     return float((norms > 3 * np.median(norms)).mean())
 
 
@@ -200,14 +211,13 @@ def controls(task: str, outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for control, method in dict.fromkeys((o["control"], o["method"]) for o in outcomes if o["control"]):
         of = [o for o in outcomes if (o["control"], o["method"]) == (control, method)]
         first, second = np.array([point(task, o) for o in of]).mean(0)
-        weights = [s.get("weight/noise", 0.0) for o in of for s in o["steps"]]
         rows.append(
             {
                 "name": f"{method}, {control}",
                 "task": task,
                 "first_reward": float(first),
                 "second_reward": float(second),
-                "weight_of_noise": mean(weights),
+                "weight_of_noise": float(np.mean([series(o, "weight/noise") for o in of])),
             }
         )
     return rows

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from benchmarks.experiments import warmed
+from benchmarks.experiments import WarmUp
 
 PROMPTS = 480
 QUICK_STEPS = 3
@@ -40,12 +39,12 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def start(task: str, seed: int, quick: bool, say: Callable[[str], None], times: int = 1) -> str:
+def start(task: str, seed: int, quick: bool, times: int = 1) -> WarmUp:
     """A model that is warmed up on `task`, `times` as long as its warm start says."""
     of = TASKS[task]
     steps = times * (60 if quick else of["warm_start"]["steps"])
     warm = {**of["warm_start"], "steps": steps, "learning_rate": 3e-3, "num_workers": 2}
-    return warmed(task, {"model": of["model"], "task": of["task"], "warm_start": warm, "run": {"seed": seed}}, say)
+    return WarmUp(task, {"model": of["model"], "task": of["task"], "warm_start": warm, "run": {"seed": seed}})
 
 
 def recipe(

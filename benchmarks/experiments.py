@@ -1,5 +1,5 @@
-"""Grids of small training runs, to compare methods over seeds. Each run is a Ray task of one thread, and is kept in a
-file of its own as soon as it is done: a grid that is stopped goes on where it was, and two of its runs go at once.
+"""Grids of small training runs, to compare methods over seeds. Each run is a Ray task of one thread, and what came of
+it is kept as soon as it is done: a grid that is stopped goes on where it was. Two of its runs go at once on two cores.
 
 A run trains in one process with the classes that the actors are made of, in the order of `train/loop.py`.
 """
@@ -44,12 +44,39 @@ from thornback.train.settings import Settings
 from thornback.train.tokenize import tokenize_prompts
 
 RATES, SEARCH_SEEDS = (1e-4, 2e-4, 4e-4), (100, 101)  # of the searches for learning rates
+RUNS = Path(__file__).parents[1] / "docs" / "results" / "runs"
+KEPT = ("reward/", "advantage/mean_square", "advantage/abs_max", "grad_norm", "weight/", "tool_calls")
 _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 12: 2.201, 16: 2.131}
 
 
 @dataclass(frozen=True)
+class WarmUp:
+    """A model that runs start from: made as `settings` say when a run first needs it, then kept."""
+
+    task: str
+    settings: Mapping[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        return kept() / "warm" / f"{self.task}-{_digest(dict(self.settings))}"
+
+    @property
+    def model(self) -> str:
+        return str(self.directory / "warm")
+
+    def make(self, say: Callable[[str], None]) -> None:
+        if Path(self.model).exists():
+            return
+        config = make_config({**self.settings, "run": {**self.settings["run"], "dir": str(self.directory)}})
+        say(f"warming up a model for {self.task}, seed {config.run.seed}, by {config.warm_start.steps} steps")
+        task = load_task(config.task.name, config.task.options)
+        starting_model(config, RunDirectory(str(self.directory)), task)
+
+
+@dataclass(frozen=True)
 class Experiment:
-    """One run of a grid: `labels` tell it from the others, `settings` are a recipe's, `model` is where it starts.
+    """One run of a grid: `labels` tell it from the others, `settings` are a recipe's, `start` is the model that it
+    trains, `larger` another one that the settings name.
 
     `running_baseline`: the anchors of pvpo are not estimated before, but are the mean of all rewards that a prompt has
     had so far in training, the present ones included where it is met for the first time.
@@ -57,47 +84,94 @@ class Experiment:
 
     labels: Mapping[str, Any]
     settings: Mapping[str, Any]
-    model: str
+    start: WarmUp
+    larger: WarmUp | None = None
     running_baseline: bool = False
 
     @property
     def key(self) -> str:
         """Of all that its outcome depends on, but for the code."""
-        text = json.dumps([dict(self.settings), self.model, self.running_baseline], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+        return _digest([dict(self.settings), self.start.model, self.running_baseline])
+
+
+class Outcomes:
+    """What has come of a grid's runs, by their keys. A file of JSON lines; a run is in it once it is done."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = file.read_text() if file.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # who wrote it was killed in the middle of a line
+            file.write_text(whole)
+        self._by_key = {line["key"]: line for line in map(json.loads, whole.splitlines())}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._by_key[key]
+
+    def add(self, experiment: Experiment, outcome: Mapping[str, Any]) -> None:
+        """Of its steps, the metrics that start as one of `KEPT`: by name, a number for each step."""
+        names = {name: None for step in outcome["steps"] for name in step if name.startswith(KEPT)}
+        steps = {name: [step.get(name) for step in outcome["steps"]] for name in names}
+        line = {"key": experiment.key, **experiment.labels, **outcome, "steps": steps}
+        self._by_key[experiment.key] = line
+        with self._file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def outcomes_of(name: str, quick: bool) -> Outcomes:
+    """Those of a benchmark: kept with its results, so that a grid of many hours can be made in several goes."""
+    return Outcomes((kept() if quick else RUNS) / f"{name}.jsonl")
+
+
+def series(outcome: Mapping[str, Any], name: str) -> np.ndarray:
+    """A metric at each step; 0 where there was none."""
+    values = outcome["steps"].get(name, [None] * outcome["num_steps"])
+    return np.array([0.0 if value is None else value for value in values])
 
 
 def kept() -> Path:
-    """Where outcomes and models are kept: `$XDG_CACHE_HOME/thornback/experiments`."""
+    """Where models are kept, and what comes of quick runs: `$XDG_CACHE_HOME/thornback/experiments`."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache, "thornback", "experiments")
 
 
-def run_grid(name: str, experiments: Sequence[Experiment], say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The outcomes of all, in order, those that earlier calls have left in the cache among them. Each is what `train`
-    returns, with its labels."""
-    directory = kept() / name
-    directory.mkdir(parents=True, exist_ok=True)
-    files = [directory / f"{experiment.key}.json" for experiment in experiments]
-    missing = [i for i, file in enumerate(files) if not file.exists()]
+def _digest(value: Any) -> str:
+    """Of what JSON says of it, wherever models are kept."""
+    text = json.dumps(value, sort_keys=True).replace(str(kept()), "")
+    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+def run_grid(experiments: Sequence[Experiment], outcomes: Outcomes, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """What has come of each, in order: what `train` returns, with its labels. Makes those that are not in `outcomes`,
+    and adds them."""
+    missing = [e for e in experiments if e.key not in outcomes]
     say(f"{len(experiments) - len(missing)} of {len(experiments)} runs are there already")
     environment = {**ACTOR_ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     with cluster(None):
-        remote = ray.remote(_train_into).options(num_cpus=1, max_retries=2, runtime_env={"env_vars": environment})
-        waiting = {remote.remote(experiments[i], str(files[i])): i for i in missing}
+        for experiment in missing:
+            for start in (experiment.start, experiment.larger):
+                if start is not None:
+                    start.make(say)
+        remote = ray.remote(train).options(num_cpus=1, max_retries=2, runtime_env={"env_vars": environment})
+        waiting = {remote.remote(e.settings, e.start.model, e.running_baseline): e for e in missing}
         began = time.monotonic()
         while waiting:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
-            ray.get(done)
-            number = len(missing) - len(waiting) + 1
-            labels = ", ".join(f"{k} {v}" for k, v in experiments[waiting.pop(done)].labels.items())
+            experiment = waiting.pop(done)
+            outcomes.add(experiment, ray.get(done))
+            number = len(missing) - len(waiting)
+            labels = ", ".join(f"{k} {v}" for k, v in experiment.labels.items())
             left = (time.monotonic() - began) / number * len(waiting) / 60
             say(f"run {number} of {len(missing)}: {labels}; about {left:.0f} min left")
-    return [{**e.labels, **json.loads(f.read_text())} for e, f in zip(experiments, files, strict=True)]
+    return [{**outcomes[e.key], **e.labels} for e in experiments]
 
 
 def tuned(
-    name: str,
+    outcomes: Outcomes,
     tasks: Iterable[str],
     methods: Sequence[str],
     run: Callable[[str, str, int, float], Experiment],
@@ -107,31 +181,12 @@ def tuned(
     """By task and method, that of `RATES` with the best mean `score` over `SEARCH_SEEDS`; `run` makes the run of a
     task, method, seed and learning rate."""
     keys = list(product(tasks, methods, RATES, SEARCH_SEEDS))
-    outcomes = run_grid(name, [run(task, method, seed, rate) for task, method, rate, seed in keys], say)
+    found = run_grid([run(task, method, seed, rate) for task, method, rate, seed in keys], outcomes, say)
     scores: dict[tuple[str, str], dict[float, float]] = {}
-    for (task, method, rate, _), outcome in zip(keys, outcomes, strict=True):
+    for (task, method, rate, _), outcome in zip(keys, found, strict=True):
         of = scores.setdefault((task, method), dict.fromkeys(RATES, 0.0))
         of[rate] += score(outcome)
     return {key: max(of, key=of.__getitem__) for key, of in scores.items()}
-
-
-def _train_into(experiment: Experiment, file: str) -> None:
-    outcome = json.dumps(train(experiment.settings, experiment.model, experiment.running_baseline))
-    partial = Path(f"{file}.partial")
-    partial.write_text(outcome)
-    partial.rename(file)
-
-
-def warmed(task: str, settings: Mapping[str, Any], say: Callable[[str], None]) -> str:
-    """The directory of a model that is warmed up as `settings` say; kept."""
-    key = hashlib.blake2b(json.dumps(dict(settings), sort_keys=True).encode(), digest_size=10).hexdigest()
-    directory = kept() / "warm" / f"{task}-{key}"
-    config = make_config({**settings, "run": {**settings.get("run", {}), "dir": str(directory)}})
-    if not (directory / "warm").exists():
-        say(f"warming up a model for {task}, seed {config.run.seed}")
-        with cluster(None):
-            starting_model(config, RunDirectory(str(directory)), load_task(config.task.name, config.task.options))
-    return str(directory / "warm")
 
 
 def train(settings: Mapping[str, Any], model: str, running_baseline: bool = False) -> dict[str, Any]:
@@ -148,6 +203,7 @@ def train(settings: Mapping[str, Any], model: str, running_baseline: bool = Fals
     return {
         "steps": steps,
         "evaluations": evaluations,
+        "num_steps": config.run.steps,
         "num_rollouts": config.run.steps * config.data.prompts_per_step * config.rollout.samples_per_prompt,
         "num_reference_rollouts": run.num_reference_rollouts,
         "num_prompts": len(run.source.prompts),

@@ -14,12 +14,14 @@ GRPO's at N = 5, the lower of the two tasks; `rollout_cost`: the rollouts of the
 of the other, the higher of the two. Rows with `difference` give paired differences with their 95% intervals (Student's
 t). The picture shows accuracy against rollouts.
 
-Runs are kept: a second call goes on where the first was stopped.
+What comes of each run is kept in docs/results/runs/pvpo.jsonl (of a quick one, in the user's cache): a second call goes
+on where the first was stopped, and with all runs there it only reports. Remove the file to make them again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,7 +29,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiment_tasks import QUICK_STEPS, TASKS, recipe, start
-from benchmarks.experiments import RATES, SEARCH_SEEDS, Experiment, interval, over, run_grid, tuned
+from benchmarks.experiments import (
+    RATES,
+    Experiment,
+    Outcomes,
+    WarmUp,
+    interval,
+    outcomes_of,
+    over,
+    run_grid,
+    series,
+    tuned,
+)
 from benchmarks.results import Results, run
 from thornback.train.cluster import cluster
 
@@ -42,7 +55,7 @@ GRPO, PVPO, FILTER, CACHED, PVPO_CACHED, RUNNING = METHODS
 
 
 def experiment(
-    labels: dict[str, Any], model: str, larger: str, learning_rate: float, quick: bool = False
+    labels: dict[str, Any], model: WarmUp, larger: WarmUp, learning_rate: float, quick: bool = False
 ) -> Experiment:
     """A run of `labels`' task, method, n and seed, from `model`."""
     task, method = labels["task"], labels["method"]
@@ -52,11 +65,12 @@ def experiment(
         "task": {**of, "options": {**of["options"], "num_train": PROMPTS}},
         "rewards": {REWARDS[task]: {}},
         "algorithm": {"estimator": "grpo" if method in (GRPO, FILTER, CACHED) else "pvpo"},
-        "anchors": _anchors(method, larger, quick),
+        "anchors": _anchors(method, larger.model, quick),
     }
     steps = QUICK_STEPS if quick else STEPS
     how = recipe(task, labels["seed"], steps, learning_rate, labels["n"], evaluations=6, **sections)
-    return Experiment({**labels, "learning_rate": learning_rate}, how, model, running_baseline=method == RUNNING)
+    with_larger = larger if method in (CACHED, PVPO_CACHED) else None
+    return Experiment({**labels, "learning_rate": learning_rate}, how, model, with_larger, method == RUNNING)
 
 
 def _anchors(method: str, larger: str, quick: bool) -> dict[str, Any] | None:
@@ -69,39 +83,37 @@ def _anchors(method: str, larger: str, quick: bool) -> dict[str, Any] | None:
     return {**ANCHORS, **keep, **({"larger_model": larger} if method in (CACHED, PVPO_CACHED) else {})}
 
 
-def learning_rates(quick: bool, say: Callable[[str], None]) -> dict[tuple[str, str], float]:
+def learning_rates(outcomes: Outcomes, say: Callable[[str], None]) -> dict[tuple[str, str], float]:
     """By task and method, from runs at N = 5 on seeds of their own."""
-    if quick:
-        return {(task, method): RATES[1] for task in REWARDS for method in METHODS}
-    models = {
-        (task, seed): [start(task, seed, quick, say, times) for times in (1, LONGER)]
-        for task in REWARDS
-        for seed in SEARCH_SEEDS
-    }
 
     def run(task: str, method: str, seed: int, rate: float) -> Experiment:
-        return experiment({"task": task, "method": method, "n": 5, "seed": seed}, *models[task, seed], rate)
+        return experiment({"task": task, "method": method, "n": 5, "seed": seed}, *starts(task, seed), rate)
 
-    return tuned("pvpo", REWARDS, METHODS, run, accuracy, say)
+    return tuned(outcomes, REWARDS, METHODS, run, accuracy, say)
 
 
-def experiments(quick: bool, say: Callable[[str], None]) -> list[Experiment]:
-    """The whole grid."""
-    rates = learning_rates(quick, say)
+def starts(task: str, seed: int, quick: bool = False) -> list[WarmUp]:
+    """The model that is trained, and the larger one."""
+    return [start(task, seed, quick, times) for times in (1, LONGER)]
+
+
+def experiments(rates: Mapping[tuple[str, str], float], quick: bool) -> list[Experiment]:
+    """The whole grid, with learning rates by task and method."""
     grid = []
     for task in REWARDS:
         for seed in range(2) if quick else range(SEEDS):
-            models = [start(task, seed, quick, say, times) for times in (1, LONGER)]
             for method in METHODS:
                 for n in SIZES if method in (GRPO, PVPO) else (5,):
                     labels = {"task": task, "method": method, "n": n, "seed": seed}
-                    grid.append(experiment(labels, *models, rates[task, method], quick))
+                    grid.append(experiment(labels, *starts(task, seed, quick), rates[task, method], quick))
     return grid
 
 
 def measure(quick: bool, say: Callable[[str], None]) -> Results:
+    there = outcomes_of("pvpo", quick)
     with cluster(None):
-        outcomes = run_grid("pvpo", experiments(quick, say), say)
+        rates = dict.fromkeys(product(REWARDS, METHODS), RATES[1]) if quick else learning_rates(there, say)
+        outcomes = run_grid(experiments(rates, quick), there, say)
     results = Results("pvpo")
     reached, cost = [], []
     for task in REWARDS:
@@ -137,7 +149,7 @@ def row(task: str, method: str, n: int, of: list[dict[str, Any]]) -> dict[str, A
         "accuracy": mean(map(accuracy, of)),
         "rollouts": mean(map(rollouts, of)),
         "prompts": mean(o["num_prompts"] for o in of),
-        "tool_calls": mean(s.get("tool_calls", 0.0) for o in of for s in o["steps"]),
+        "tool_calls": float(np.mean([series(o, "tool_calls") for o in of])),
         "seconds": mean(o["seconds"] for o in of),
     }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import dvao, experiments, pvpo
-from benchmarks.experiments import Experiment, hypervolume, interval, run_grid, train
+from benchmarks.experiments import Experiment, Outcomes, WarmUp, hypervolume, interval, run_grid, series, train
 from tests.train.tiny_run import comparable, settings
 from thornback.train import Trainer
 from thornback.train.config import make_config
@@ -70,40 +72,47 @@ def test_a_run_measures_what_the_trainers_does(ray_cluster, recipe, tiny_model, 
 @pytest.mark.full
 def test_a_grid_goes_on_where_it_was_stopped(ray_cluster, recipe, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    values = {k: v for k, v in recipe.items() if k != "model"} | {"run": {"steps": 1}}
-    grid = [
-        Experiment({"seed": seed}, {**values, "run": {"steps": 1, "seed": seed}}, str(tiny_model("qwen3")))
-        for seed in (0, 1)
-    ]
+    start = WarmUp("letters", {"run": {"seed": 0}})
+    shutil.copytree(tiny_model("qwen3"), start.model)
+    values = {k: v for k, v in recipe.items() if k != "model"}
+    grid = [Experiment({"seed": seed}, {**values, "run": {"steps": 1, "seed": seed}}, start) for seed in (0, 1)]
     said: list[str] = []
-    first = run_grid("test", grid[:1], said.append)
-    both = run_grid("test", grid, said.append)
+    file = tmp_path / "new" / "runs.jsonl"
+    first = run_grid(grid[:1], Outcomes(file), said.append)
+    with file.open("a") as cut_short:
+        cut_short.write('{"key": "')
+    both = run_grid(grid, Outcomes(file), said.append)
     assert both[0] == first[0]
     assert [outcome["seed"] for outcome in both] == [0, 1]
     assert both[0]["steps"] != both[1]["steps"]
     assert said[2] == "1 of 2 runs are there already"
     assert sum(line.startswith("run ") for line in said) == 2
-    assert len(list((experiments.kept() / "test").iterdir())) == 2
+    assert len(file.read_text().splitlines()) == 2
+    assert series(both[0], "grad_norm").shape == (1,)
+    assert list(series(both[0], "tool_calls")) == [0.0]
 
 
 @pytest.mark.parametrize("benchmark", [dvao, pvpo])
 def test_all_runs_of_a_grid_have_recipes_that_can_be_read(benchmark, monkeypatch):
-    monkeypatch.setattr(benchmark, "start", lambda task, seed, *rest: f"{task}-{seed}")
-    grid = benchmark.experiments(True, print)
-    assert len({experiment.key for experiment in grid}) == len(grid)
+    grid = benchmark.experiments(defaultdict(lambda: 1e-4), True)
+    keys = {experiment.key for experiment in grid}
+    assert len(keys) == len(grid)
     for experiment in grid:
-        config = make_config({**experiment.settings, "model": {"path": experiment.model}})
+        config = make_config({**experiment.settings, "model": {"path": experiment.start.model}})
         assert config.task.name == experiment.labels["task"]
-        assert config.learner.learning_rate == experiment.labels["learning_rate"]
+        assert config.learner.learning_rate == experiment.labels["learning_rate"] == 1e-4
+    monkeypatch.setenv("XDG_CACHE_HOME", "elsewhere")
+    assert {experiment.key for experiment in benchmark.experiments(defaultdict(lambda: 1e-4), True)} == keys
 
 
 def test_learning_rates_are_chosen_by_seeds_of_their_own(monkeypatch):
     """Of all rates and seeds once each, by task and method."""
+    start = WarmUp("", {})
 
     def run(task: str, method: str, seed: int, rate: float) -> Experiment:
-        return Experiment({"task": task, "method": method, "seed": seed, "rate": rate}, {}, "")
+        return Experiment({"task": task, "method": method, "seed": seed, "rate": rate}, {}, start)
 
-    def outcomes(name, grid, say):
+    def outcomes(grid, there, say):
         assert len({tuple(e.labels.values()) for e in grid}) == len(grid) == 2 * 2 * 3 * 2
         assert {e.labels["seed"] for e in grid}.isdisjoint(range(8))
         return [e.labels for e in grid]
@@ -114,5 +123,5 @@ def test_learning_rates_are_chosen_by_seeds_of_their_own(monkeypatch):
         return outcome["rate"] * (1 if outcome["method"] == "a" else -1) + luck
 
     monkeypatch.setattr(experiments, "run_grid", outcomes)
-    found = experiments.tuned("test", "xy", "ab", run, score, print)
+    found = experiments.tuned(None, "xy", "ab", run, score, print)
     assert found == {(task, method): {"a": 4e-4, "b": 1e-4}[method] for task in "xy" for method in "ab"}
