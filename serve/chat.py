@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from thornback.data.tool_calls import OPEN, CallArguments, CallStart, Content, Event, ToolCallParser
 from thornback.serve.chat_prompt import render_chat
 from thornback.serve.gateway import Gateway
 from thornback.serve.generation import Piece
@@ -34,7 +35,6 @@ from thornback.serve.protocol.chat import JsonSchemaFormat, NamedTool
 from thornback.serve.protocol.chat_response import ChatFinishReason
 from thornback.serve.replies import Envelope, TokenCount, streamed, whole
 from thornback.serve.sampling import sampling_params
-from thornback.serve.tool_calls import OPEN, CallArguments, CallStart, Content, Event, ToolCallParser
 from thornback.serve.tool_schemas import call_schema
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thornback.data.tool_calls import CallArguments, CallStart, Content, ToolCallParser
 from thornback.serve.protocol import ToolDefinition
-from thornback.serve.tool_calls import CallArguments, CallStart, Content, ToolCallParser
 from thornback.serve.tool_schemas import call_schema
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": [1, {"b": "}<\\"{"}], "c": 2}}\n</tool_call>'

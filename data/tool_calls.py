@@ -141,6 +141,21 @@ class ToolCallParser:
         return self._max_calls is not None and self.num_calls > self._max_calls
 
 
+def parse_tool_calls(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """The content of a whole text; and its calls, each a name and arguments, JSON text as the model wrote it."""
+    parser = ToolCallParser()
+    content, calls = "", []
+    for event in (*parser.push(text), *parser.flush()):
+        match event:
+            case Content(said):
+                content += said
+            case CallStart(_, _, name):
+                calls.append((name, ""))
+            case CallArguments(index, written):
+                calls[index] = (calls[index][0], calls[index][1] + written)
+    return content, calls
+
+
 class _ObjectScanner:
     """Finds where a JSON object ends, over pieces of its text."""
 
