@@ -7,14 +7,15 @@ import inspect
 import queue
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from thornback.actors.specs import EpisodeSpec
 from thornback.contracts import (
+    ClosableEnvironment,
     Engine,
     Environment,
     EnvironmentFailed,
@@ -82,7 +83,8 @@ class EpisodePlayer:
     """Plays on one engine with one tokenizer.
 
     What was sampled is what is kept: turns are never encoded again. An episode ends when its environment says nothing
-    more ("stop"), when the model runs out of tokens or of turns ("length"), or when its environment fails ("abort").
+    more ("stop"), when the model runs out of tokens or of turns ("length"; an environment that can judges what there
+    is), or when its environment fails ("abort").
     """
 
     def __init__(self, engine: Engine, spec: EpisodeSpec, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -109,6 +111,15 @@ class EpisodePlayer:
                 first = replace(sampling, seed=start.seed, n=start.count)
                 self.engine.add_request(Request(str(number), start.token_ids, first))
             self._asking |= {(str(number), episode.index): episode for episode in group}
+        try:
+            self._play_to_the_end(sampling)
+        except BaseException:
+            for episode in (episode for group in groups for episode in group):
+                _drop(episode)
+            raise
+        return [[episode.trajectory() for episode in group] for group in groups]
+
+    def _play_to_the_end(self, sampling: SamplingParams) -> None:
         collector = Collector()
         while self._asking or len(self._waiting):
             if self.engine.has_unfinished_requests():
@@ -118,20 +129,28 @@ class EpisodePlayer:
                 self._take_turn(episode, sample)
             for episode, observed in self._waiting.done(block=not self._asking):
                 self._take_reply(episode, observed, sampling)
-        return [[episode.trajectory() for episode in group] for group in groups]
 
     def _take_turn(self, episode: _Episode, sample: Sample) -> None:
         """The model has ended its turn: hand it to the environment."""
         tokens = sample.token_ids.tolist()
         episode.extend(tokens, sample.logprobs.tolist(), sample.versions.tolist(), 1)
         episode.num_turns += 1
-        if sample.finish_reason != "stop":
-            episode.finish_reason = sample.finish_reason
-            return
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        if sample.finish_reason == "stop":
+            self._tell(episode, episode.environment.step, text)
+        else:
+            self._truncate(episode, text, sample.finish_reason)
+
+    def _truncate(self, episode: _Episode, turn: str | None, finish_reason: str = "length") -> None:
+        """The model cannot go on: let the environment judge what there is, if it can."""
+        episode.finish_reason = finish_reason
+        if isinstance(episode.environment, ClosableEnvironment):
+            self._tell(episode, episode.environment.truncate, turn)
+
+    def _tell(self, episode: _Episode, method: Callable[[Any], object], turn: str | None) -> None:
         observed: object
         try:
-            observed = episode.environment.step(text)
+            observed = method(turn)
         except Exception as error:  # a user's environment may fail in any way
             observed = error
         self._waiting.add(episode, observed)
@@ -143,16 +162,19 @@ class EpisodePlayer:
             said = f"{type(observed).__name__}: {observed}" if failed else f"returned {observed!r}, no Observation"
             self.failures[said[:200]] += 1
             episode.finish_reason = "abort"
+            _drop(episode)
             return
         episode.num_calls += observed.num_calls
         episode.judged |= observed.judged
+        if episode.finish_reason:
+            return
         if not observed.messages:
             episode.finish_reason = "stop"
             return
         room = min(sampling.max_tokens, self.engine.max_model_len - len(episode.start.token_ids))
         reply = render_reply(self.tokenizer, observed.messages) if episode.num_turns < self.max_turns else None
         if reply is None or len(episode.token_ids) + len(reply) >= room:
-            episode.finish_reason = "length"
+            self._truncate(episode, None)
             return
         episode.extend(reply, [0.0] * len(reply), [episode.versions[-1]] * len(reply), 0)
         request_id = f"{episode.number}/{episode.index}/{episode.num_turns}"
@@ -161,6 +183,11 @@ class EpisodePlayer:
         request = Request(request_id, episode.start.token_ids, going_on, output_token_ids=tuple(episode.token_ids))
         self.engine.add_request(request)
         self._asking[request_id, 0] = episode
+
+
+def _drop(episode: _Episode) -> None:
+    if isinstance(episode.environment, ClosableEnvironment):
+        episode.environment.drop()
 
 
 class _Waiting:

@@ -35,6 +35,7 @@ from thornback.contracts.speculation import (
 )
 from thornback.contracts.tasks import (
     BatchReward,
+    ClosableEnvironment,
     Completion,
     Environment,
     InteractiveTask,
@@ -58,6 +59,7 @@ __all__ = [
     "BatchRetriever",
     "BatchReward",
     "BlockRun",
+    "ClosableEnvironment",
     "Completion",
     "ConfigError",
     "DataError",

@@ -16,13 +16,15 @@ class Prompt:
     """One problem. `key` is unique and stable: seeds, anchors and resume hang on it.
 
     `messages` is the conversation in the chat format, without the task's system prompt. `answer` is the reference
-    answer, if there is one; `extra` holds the row's other columns.
+    answer, if there is one; `extra` holds the row's other columns. `tools` are the functions that the model may call,
+    in OpenAI's format, for the chat template to present.
     """
 
     key: str
     messages: tuple[Message, ...]
     answer: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,10 @@ class BatchReward(Protocol):
 
 
 class Task(Protocol):
-    """Prompts plus judgement. `rewards` come in the order in which they are reported."""
+    """Prompts plus judgement. `rewards` come in the order in which they are reported.
+
+    A task may have `more_rewards` too: they count only where a recipe names them.
+    """
 
     name: str
     system_prompt: str | None
@@ -122,6 +127,19 @@ class Environment(Protocol):
         A plain function is called between two passes of the engine: it must be quick, and its episodes repeat
         themselves to the bit. What waits for something is a coroutine: other episodes go on meanwhile.
         """
+
+
+@runtime_checkable
+class ClosableEnvironment(Environment, Protocol):
+    """An `Environment` that is told where its episode ends before it has said so itself."""
+
+    def truncate(self, turn: str | None) -> Observation | Awaitable[Observation]:
+        """Judge the episode as it stands; messages are of no use any more. `turn`: what the model has written of a turn
+        that it had no tokens to finish; None: there were no tokens or turns left to begin one."""
+
+    def drop(self) -> None:
+        """Let go of what the episode holds, since nobody goes on with it. It may be called from any thread, while a
+        coroutine of the environment waits, and after the episode."""
 
 
 @runtime_checkable
