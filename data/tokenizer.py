@@ -6,6 +6,7 @@ import json
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -46,12 +47,25 @@ def character_tokenizer(extra_tokens: Sequence[str] = ()) -> PreTrainedTokenizer
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], system_prompt: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    system_prompt: str | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
-    """Token ids of a conversation that the assistant is to continue; training and serving both come here."""
+    """Token ids of a conversation that the assistant is to continue, and may call `tools` for. Raises `ConfigError` for
+    tools that the chat template has no place for."""
+    if tools and "tools" not in str(tokenizer.get_chat_template(tools=list(tools))):
+        raise ConfigError(
+            f"The chat template of {tokenizer.name_or_path} has no place for tools, which the task offers; train a "
+            "model whose template presents them."
+        )
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     ids = tokenizer.apply_chat_template(
-        [*system, *messages], add_generation_prompt=True, tokenize=True, return_dict=False
+        [*system, *messages],
+        tools=list(tools) or None,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
     )
     return list(ids)
 

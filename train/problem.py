@@ -64,16 +64,17 @@ class Problem:
 
 
 def _rewards(settings: Settings, task: Task) -> tuple[Reward | BatchReward, ...]:
-    """The configured rewards, in their order; all of the task's if none is configured."""
+    """The configured rewards, in their order; the task's own if none is configured."""
     if not settings.config.rewards:
         return tuple(task.rewards)
+    available = (*task.rewards, *getattr(task, "more_rewards", ()))
     found: list[Reward | BatchReward] = []
     for name, section in settings.config.rewards.items():
         own = settings.functions.get(name) or section.function
         if own is not None:
             found.append(as_reward(name, own, section.range, section.options))
             continue
-        (reward,) = pick_rewards(task.rewards, [name])
+        (reward,) = pick_rewards(available, [name])
         plain = section.range is None and not section.options
         found.append(reward if plain else as_reward(name, reward, section.range, section.options))
     return tuple(found)

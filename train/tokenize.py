@@ -26,7 +26,7 @@ def tokenize_prompts(
     kept: list[TokenizedPrompt] = []
     too_long: list[str] = []
     for prompt in islice(task.prompts(split), count):
-        ids = render_prompt(tokenizer, prompt.messages, task.system_prompt)
+        ids = render_prompt(tokenizer, prompt.messages, task.system_prompt, prompt.tools)
         if limit is not None and len(ids) > limit:
             too_long.append(f"{prompt.extra.get('source', prompt.key)} ({len(ids)} tokens)")
         else:
