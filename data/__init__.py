@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from thornback.data.tasks import MathTask as MathTask
     from thornback.data.tasks import MultihopTask as MultihopTask
     from thornback.data.tasks import ToolsTask as ToolsTask
+    from thornback.data.tasks import VerifiersTask as VerifiersTask
     from thornback.data.tasks import load_task as load_task
     from thornback.data.tokenizer import character_tokenizer as character_tokenizer
     from thornback.data.tokenizer import load_tokenizer as load_tokenizer
@@ -71,7 +72,7 @@ _HOMES = {
         "sandbox": "Ran SandboxLimits run_python",
         "scoring": "RuleScorer check_failures",
         "storage": "read_anchors read_rollouts read_table write_anchors write_rollouts write_table",
-        "tasks": "ArithmeticTask MathTask MultihopTask ToolsTask load_task",
+        "tasks": "ArithmeticTask MathTask MultihopTask ToolsTask VerifiersTask load_task",
         "tokenizer": "character_tokenizer load_tokenizer render_prompt render_reply same_tokens",
     }.items()
     for name in names.split()

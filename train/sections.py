@@ -91,7 +91,7 @@ class TaskSection(Section):
     """What the model is trained to do."""
 
     name: str = "arithmetic"
-    """A built-in task (arithmetic, math, multihop, tools), or the import path of one: package.module:Name."""
+    """A built-in task (arithmetic, math, multihop, tools, verifiers), or one's import path: package.module:Name."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task; for `math`: the dataset's path and its columns."""
 

@@ -12,17 +12,19 @@ from thornback.data.tasks.arithmetic import ArithmeticTask
 from thornback.data.tasks.math import MathTask
 from thornback.data.tasks.multihop import MultihopTask
 from thornback.data.tasks.tools import ToolsTask
+from thornback.data.tasks.verifiers import VerifiersTask
 
 TASKS: dict[str, type] = {
     "arithmetic": ArithmeticTask,
     "math": MathTask,
     "multihop": MultihopTask,
     "tools": ToolsTask,
+    "verifiers": VerifiersTask,
 }
 
 
 def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
-    """The task `name` (arithmetic, math, multihop, tools, or package.module:Name), made with `options` as keywords.
+    """The task `name`, a built-in one's or package.module:Name, made with `options` as keywords.
 
     Raises `ConfigError` for an unknown name, or options that the task does not take.
     """
@@ -39,4 +41,4 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     return make(**(options or {}))
 
 
-__all__ = ["TASKS", "ArithmeticTask", "MathTask", "MultihopTask", "ToolsTask", "load_task"]
+__all__ = ["TASKS", "ArithmeticTask", "MathTask", "MultihopTask", "ToolsTask", "VerifiersTask", "load_task"]
