@@ -78,11 +78,13 @@ class VerifiersTask:
         """What is random in it is the library's: it takes no seed."""
         from thornback.data.tasks.verifiers_episode import VerifiersEnvironment
 
-        task = self._tasks("train").get(prompt.key) or self._tasks("test")[prompt.key]
+        task = self._tasks("train").get(prompt.key) or self._tasks("test").get(prompt.key)
+        if task is None:
+            raise ConfigError("The taskset loads other tasks each time; its load() must give the same in each process.")
         return VerifiersEnvironment(task, prompt, self._serving)
 
     def is_correct(self, completion: Completion) -> bool:
-        return completion.judged.get("reward", 0.0) >= self.solved
+        return completion.judged.get("reward", 0.0) >= self.solved - 1e-6  # judgements travel as float32
 
     @property
     def more_rewards(self) -> tuple[Judged, ...]:

@@ -38,10 +38,11 @@ def playable(section: Mapping[str, Any], select: Mapping[str, Any]) -> tuple[vf.
         raise ConfigError(f"The environment {config.env_id} {refuse}.")
     ((role, agent),) = agent_config_fields(config).items()
     harness = (agent.harness or vf.HarnessConfig()).model_copy(update={"id": HARNESS})
-    ours = {"harness": harness, "runtime": vf.SubprocessConfig(), "model": None, "client": None}
+    ours: dict[str, Any] = {"harness": harness, "runtime": vf.SubprocessConfig(), "retries": vf.RetryConfig()}
+    ours |= {"model": None, "client": None}
     # One server, since it is where the policy takes the place of a client.
-    shared = {role: agent.model_copy(update=ours), "interception": InterceptionServerConfig()}
-    return config.model_copy(update=shared), selection
+    played = {role: agent.model_copy(update=ours), "interception": InterceptionServerConfig()}
+    return config.model_copy(update=played), selection
 
 
 def _refusal(config: vf.EnvConfig, taskset: vf.Taskset) -> str | None:
