@@ -32,9 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.experiment_tasks import QUICK_STEPS, TASKS, recipe, start
+from benchmarks.experiment_tasks import QUICK_STEPS, TASKS, rates_of, recipe, start
 from benchmarks.experiments import (
-    RATES,
     Experiment,
     Outcomes,
     WarmUp,
@@ -97,7 +96,7 @@ def learning_rates(outcomes: Outcomes, say: Callable[[str], None]) -> dict[tuple
     def score(outcome: Mapping[str, Any]) -> float:
         return math.prod(point(outcome["task"], outcome))
 
-    return tuned(outcomes, TASKS, METHODS, run, score, say)
+    return tuned(outcomes, rates_of(TASKS), METHODS, run, score, say)
 
 
 def experiments(rates: Mapping[tuple[str, str], float], quick: bool) -> list[Experiment]:
@@ -132,7 +131,7 @@ def experiments(rates: Mapping[tuple[str, str], float], quick: bool) -> list[Exp
 def measure(quick: bool, say: Callable[[str], None]) -> Results:
     there = outcomes_of("dvao", quick)
     with cluster(None):
-        rates = dict.fromkeys(product(TASKS, METHODS), RATES[1]) if quick else learning_rates(there, say)
+        rates = dict.fromkeys(product(TASKS, METHODS), 2e-4) if quick else learning_rates(there, say)
         outcomes = run_grid(experiments(rates, quick), there, say)
     results = Results("dvao")
     gains = []

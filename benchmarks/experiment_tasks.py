@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.experiments import WarmUp
 
 PROMPTS = 480
 QUICK_STEPS = 3
-# The model, the task, its two rewards, how it is warmed up, and the longest answer.
+# The model, the task, its two rewards, how it is warmed up, the longest answer, and the learning rates that are tried:
+# the best ones of the methods lie within.
 TASKS: dict[str, dict[str, Any]] = {
     "arithmetic": {
         "rewards": ("correct", "brevity"),
@@ -17,6 +19,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "task": {"name": "arithmetic", "options": {"num_train": PROMPTS, "budget": 12, "margin": 24}},
         "warm_start": {"steps": 500, "options": {"direct": 0.3, "wrong_column": 0.12}},
         "max_tokens": 48,
+        "rates": (5e-5, 1e-4, 2e-4),
     },
     "tools": {
         "rewards": ("arguments", "format"),
@@ -24,6 +27,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "task": {"name": "tools", "options": {"num_train": PROMPTS, "max_calls": 1, "num_tools": 2}},
         "warm_start": {"steps": 500},
         "max_tokens": 48,
+        "rates": (1e-4, 2e-4, 4e-4),
     },
     "multihop": {
         "rewards": ("answer", "format"),
@@ -35,6 +39,7 @@ TASKS: dict[str, dict[str, Any]] = {
             "options": {"wrong_name": 0.04, "wrong_relation": 0.04},
         },
         "max_tokens": 128,
+        "rates": (2e-4, 4e-4, 8e-4),
     },
 }
 
@@ -68,3 +73,8 @@ def recipe(
         "evaluation": {"every": max(1, steps // evaluations), "num_prompts": 256 if steps > QUICK_STEPS else 32},
         **sections,
     }
+
+
+def rates_of(tasks: Iterable[str]) -> dict[str, tuple[float, ...]]:
+    """The learning rates that are tried, by task."""
+    return {task: TASKS[task]["rates"] for task in tasks}

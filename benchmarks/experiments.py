@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -43,7 +43,7 @@ from thornback.train.sections import AnchorsSection
 from thornback.train.settings import Settings
 from thornback.train.tokenize import tokenize_prompts
 
-RATES, SEARCH_SEEDS = (1e-4, 2e-4, 4e-4), (100, 101)  # of the searches for learning rates
+SEARCH_SEEDS = (100, 101)  # of the searches for learning rates
 RUNS = Path(__file__).parents[1] / "docs" / "results" / "runs"
 KEPT = ("reward/", "advantage/mean_square", "advantage/abs_max", "grad_norm", "weight/", "tool_calls")
 _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 12: 2.201, 16: 2.131}
@@ -172,19 +172,19 @@ def run_grid(experiments: Sequence[Experiment], outcomes: Outcomes, say: Callabl
 
 def tuned(
     outcomes: Outcomes,
-    tasks: Iterable[str],
+    rates: Mapping[str, Sequence[float]],
     methods: Sequence[str],
     run: Callable[[str, str, int, float], Experiment],
     score: Callable[[Mapping[str, Any]], float],
     say: Callable[[str], None],
 ) -> dict[tuple[str, str], float]:
-    """By task and method, that of `RATES` with the best mean `score` over `SEARCH_SEEDS`; `run` makes the run of a
-    task, method, seed and learning rate."""
-    keys = list(product(tasks, methods, RATES, SEARCH_SEEDS))
+    """By task and method, that of its `rates` with the best mean `score` over `SEARCH_SEEDS`; `run` makes the run
+    of a task, method, seed and learning rate."""
+    keys = [(task, *rest) for task in rates for rest in product(methods, rates[task], SEARCH_SEEDS)]
     found = run_grid([run(task, method, seed, rate) for task, method, rate, seed in keys], outcomes, say)
     scores: dict[tuple[str, str], dict[float, float]] = {}
     for (task, method, rate, _), outcome in zip(keys, found, strict=True):
-        of = scores.setdefault((task, method), dict.fromkeys(RATES, 0.0))
+        of = scores.setdefault((task, method), dict.fromkeys(rates[task], 0.0))
         of[rate] += score(outcome)
     return {key: max(of, key=of.__getitem__) for key, of in scores.items()}
 

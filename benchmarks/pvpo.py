@@ -2,7 +2,7 @@
 
 On `multihop` and `arithmetic`, each with one reward, models that are warmed up once per task and seed are trained by
 GRPO and by PVPO with N in {2, 3, 5, 8} rollouts a prompt, all with the same prompts, seeds and steps, so that seeds are
-pairs. Each has the learning rate of `RATES` that served it best at N = 5 on seeds of their own. PVPO's anchors and
+pairs. Each has the learning rate of three that served it best at N = 5 on seeds of their own. PVPO's anchors and
 filter come from 5 rollouts of the starting model on each prompt, which count.
 
 Beside them, at N = 5, what a fair comparison needs: GRPO with the same filter; GRPO with the filter and with cached
@@ -28,9 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.experiment_tasks import QUICK_STEPS, TASKS, recipe, start
+from benchmarks.experiment_tasks import QUICK_STEPS, TASKS, rates_of, recipe, start
 from benchmarks.experiments import (
-    RATES,
     Experiment,
     Outcomes,
     WarmUp,
@@ -89,7 +88,7 @@ def learning_rates(outcomes: Outcomes, say: Callable[[str], None]) -> dict[tuple
     def run(task: str, method: str, seed: int, rate: float) -> Experiment:
         return experiment({"task": task, "method": method, "n": 5, "seed": seed}, *starts(task, seed), rate)
 
-    return tuned(outcomes, REWARDS, METHODS, run, accuracy, say)
+    return tuned(outcomes, rates_of(REWARDS), METHODS, run, accuracy, say)
 
 
 def starts(task: str, seed: int, quick: bool = False) -> list[WarmUp]:
@@ -112,7 +111,7 @@ def experiments(rates: Mapping[tuple[str, str], float], quick: bool) -> list[Exp
 def measure(quick: bool, say: Callable[[str], None]) -> Results:
     there = outcomes_of("pvpo", quick)
     with cluster(None):
-        rates = dict.fromkeys(product(REWARDS, METHODS), RATES[1]) if quick else learning_rates(there, say)
+        rates = dict.fromkeys(product(REWARDS, METHODS), 2e-4) if quick else learning_rates(there, say)
         outcomes = run_grid(experiments(rates, quick), there, say)
     results = Results("pvpo")
     reached, cost = [], []

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.actors.batches import SAMPLING, SHARD, advantages, learner, rollouts, weights_of, worker
 from thornback.actors.specs import OptimizerSpec
-from thornback.contracts import CACHED_VERSION, DataError, ModelError
+from thornback.contracts import CACHED_VERSION, DataError, ModelError, RolloutBatch
 from thornback.engine import sequence_logprobs
 
 
@@ -43,6 +43,16 @@ def test_micro_batches_change_nothing(model, batch, aggregation):
         np.testing.assert_allclose(weights, found[0][0], atol=2e-5)  # AdamW's first step is lr = 1e-3 everywhere
         assert metrics == pytest.approx(found[0][1], rel=1e-4, abs=1e-6)
     assert np.abs(found[0][0] - weights_of(learner(model))).max() > 5e-4  # and something was learned
+
+
+def test_the_order_of_rollouts_changes_nothing(model, batch):
+    """They stand beside others then, and come in other packs."""
+    order = np.random.default_rng(1).permutation(len(batch))
+    shuffled = RolloutBatch.from_arrow(batch.to_arrow().take(order))
+    one, other = (learner(model, tokens_per_microbatch=150) for _ in range(2))
+    reports = [one.update(0, advantages(batch), batch), other.update(0, advantages(batch)[order], shuffled)]
+    assert reports[1].metrics == pytest.approx(reports[0].metrics, rel=1e-4, abs=1e-6)
+    np.testing.assert_allclose(weights_of(one), weights_of(other), atol=2e-5)
 
 
 def test_rollouts_without_advantage_change_nothing_but_the_denominators(model, batch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -244,6 +246,17 @@ def test_groups_do_not_see_each_other(g: GroupRewards) -> None:
             rows = slice(g.group_offsets[q], g.group_offsets[q + 1])
             alone = one_group(g.values[rows], g.weights, g.anchors[q : q + 1])
             np.testing.assert_allclose(together[rows], ESTIMATORS[name](alone).values, atol=1e-12)
+
+
+@given(groups(), st.randoms())
+def test_rollouts_and_groups_in_another_order_have_the_same_advantages(g: GroupRewards, random) -> None:
+    groups = [list(range(begin, end)) for begin, end in pairwise(g.group_offsets.tolist())]
+    order = random.sample(range(len(groups)), len(groups))
+    rows = [row for q in order for row in random.sample(groups[q], len(groups[q]))]
+    offsets = np.cumsum([0, *(len(groups[q]) for q in order)])
+    shuffled = GroupRewards(g.values[rows], g.names, g.weights, offsets, g.anchors[order])
+    for name in all_estimators():
+        np.testing.assert_allclose(ESTIMATORS[name](shuffled).values, ESTIMATORS[name](g).values[rows], atol=1e-9)
 
 
 @pytest.mark.parametrize("name", all_estimators())

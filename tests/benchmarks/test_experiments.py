@@ -123,5 +123,5 @@ def test_learning_rates_are_chosen_by_seeds_of_their_own(monkeypatch):
         return outcome["rate"] * (1 if outcome["method"] == "a" else -1) + luck
 
     monkeypatch.setattr(experiments, "run_grid", outcomes)
-    found = experiments.tuned(None, "xy", "ab", run, score, print)
+    found = experiments.tuned(None, {"x": (1e-4, 2e-4, 4e-4), "y": (4e-4, 2e-4, 1e-4)}, "ab", run, score, print)
     assert found == {(task, method): {"a": 4e-4, "b": 1e-4}[method] for task in "xy" for method in "ab"}
