@@ -401,6 +401,6 @@ def test_the_documented_run_works_as_it_is_written(model, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     for row in rows:
-        assert 0 < row["reward/brevity"] < 1
-        assert row["reward/has_answer"] >= 0
+        assert 0 < row["reward/brevity/mean"] < 1
+        assert row["reward/has_answer/mean"] >= 0
         assert row.get("rollout/failed_environments", 0) == 0
