@@ -150,6 +150,12 @@ def run_grid(experiments: Sequence[Experiment], outcomes: Outcomes, say: Callabl
     and adds them."""
     missing = [e for e in experiments if e.key not in outcomes]
     say(f"{len(experiments) - len(missing)} of {len(experiments)} runs are there already")
+    if missing:
+        _make(missing, outcomes, say)
+    return [{**outcomes[e.key], **e.labels} for e in experiments]
+
+
+def _make(missing: Sequence[Experiment], outcomes: Outcomes, say: Callable[[str], None]) -> None:
     environment = {**ACTOR_ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     with cluster(None):
         for experiment in missing:
@@ -167,7 +173,6 @@ def run_grid(experiments: Sequence[Experiment], outcomes: Outcomes, say: Callabl
             labels = ", ".join(f"{k} {v}" for k, v in experiment.labels.items())
             left = (time.monotonic() - began) / number * len(waiting) / 60
             say(f"run {number} of {len(missing)}: {labels}; about {left:.0f} min left")
-    return [{**outcomes[e.key], **e.labels} for e in experiments]
 
 
 def tuned(

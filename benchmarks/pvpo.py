@@ -41,7 +41,6 @@ from benchmarks.experiments import (
     tuned,
 )
 from benchmarks.results import Results, run
-from thornback.train.cluster import cluster
 
 SIZES = (2, 3, 5, 8)
 SEEDS = 8
@@ -110,9 +109,8 @@ def experiments(rates: Mapping[tuple[str, str], float], quick: bool) -> list[Exp
 
 def measure(quick: bool, say: Callable[[str], None]) -> Results:
     there = outcomes_of("pvpo", quick)
-    with cluster(None):
-        rates = dict.fromkeys(product(REWARDS, METHODS), 2e-4) if quick else learning_rates(there, say)
-        outcomes = run_grid(experiments(rates, quick), there, say)
+    rates = dict.fromkeys(product(REWARDS, METHODS), 2e-4) if quick else learning_rates(there, say)
+    outcomes = run_grid(experiments(rates, quick), there, say)
     results = Results("pvpo")
     reached, cost = [], []
     for task in REWARDS:
