@@ -1,6 +1,7 @@
 # Every target makes the environment that it needs, once; it needs Python 3.11 or later and make.
 #   make demo [SEED=0]      a model from nothing: trained on three rewards, served, asked
 #   make test | test-full   the fast tests | all of them
+#   make test-vllm          those that need vLLM, in the benchmarks' environment
 #   make lint | format      what CI checks | what puts most of it right
 #   make docs               write the generated pages again
 #   make bench NAME=rl_step [QUICK=1] [JSON=FILE]
@@ -25,9 +26,9 @@ define make_environment
 	touch $(1)/.installed
 endef
 
-.PHONY: help venv demo test test-full test-slow lint format docs bench
+.PHONY: help venv demo test test-full test-slow test-vllm lint format docs bench
 help:
-	@sed -n '2,6s/^# *//p' Makefile
+	@sed -n '2,7s/^# *//p' Makefile
 
 venv: $(ENV_READY)
 
@@ -42,6 +43,7 @@ demo: venv
 
 # What computes on one core goes two at a time; what starts Ray has the machine for itself.
 ONE_CORE = tests/algorithms tests/contracts tests/engine
+VLLM_TESTS = tests/engine/test_vllm_engine.py tests/actors/test_vllm_rollouts.py tests/serve/test_vllm.py
 define run_tests
 	$(BIN)/python -m pytest -m $(1) -n 2 $(ONE_CORE)
 	$(BIN)/python -m pytest -m $(1) $(ONE_CORE:%=--ignore=%)
@@ -53,7 +55,10 @@ test: venv
 test-slow: venv
 	$(call run_tests,full)
 
-test-full: test test-slow
+test-full: test test-slow test-vllm
+
+test-vllm: $(BENCH_READY)
+	.venv-bench/bin/python -m pytest $(VLLM_TESTS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from thornback.contracts import ConfigError, Engine, EngineConfig, Retriever
 
@@ -14,20 +16,47 @@ def _torch_engine(model: str, config: EngineConfig, retrievers: tuple[Retriever,
     return TorchEngine(model, config, retrievers)
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"torch": _torch_engine}
+def _vllm_engine(model: str, config: EngineConfig, **options: Any) -> Engine:
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError("The engine vllm needs vLLM, which is not installed here; see docs/vllm.md, or take torch.")
+    from thornback.engine.vllm_engine import VllmEngine
+
+    return VllmEngine(model, config, **options)
 
 
-def make_engine(name: str, model: str, config: EngineConfig, retrievers: tuple[Retriever, ...] = ()) -> Engine:
+def _best_engine(model: str, config: EngineConfig, retrievers: tuple[Retriever, ...] = ()) -> Engine:
+    """vLLM on a GPU, where it is installed and nothing is asked for that it does not do."""
+    import torch
+
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    alone = config.speculation is None and not config.kv_location
+    if on_gpu and alone and importlib.util.find_spec("vllm") is not None:
+        return _vllm_engine(model, config)
+    return _torch_engine(model, config, retrievers)
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {"torch": _torch_engine, "vllm": _vllm_engine, "auto": _best_engine}
+
+
+def make_engine(
+    name: str,
+    model: str,
+    config: EngineConfig,
+    retrievers: tuple[Retriever, ...] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Engine:
     """The engine `name` (or `package.module:callable`) over a model; raises `ConfigError` for an unknown name.
 
-    `retrievers`, if there are any, are the engine's third argument: what it may speculate from."""
+    `retrievers`, if there are any, are the engine's third argument: what it may speculate from. `options` are keyword
+    arguments of its own."""
     arguments = (model, config, retrievers) if retrievers else (model, config)
     if name in ENGINES:
-        return ENGINES[name](*arguments)
+        return ENGINES[name](*arguments, **(options or {}))
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ConfigError(f"There is no engine {name}; take one of {', '.join(ENGINES)} or give package.module:name.")
     try:
-        return getattr(importlib.import_module(module), attribute)(*arguments)
+        engine = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"The engine {name} cannot be imported ({error}); correct rollout.engine.") from error
+    return engine(*arguments, **(options or {}))

@@ -79,7 +79,7 @@ class RolloutWorkerCore:
         self.memory = RolloutMemory(self.spec.memory_tokens)
         retrievers = (PromptLookup(), self.memory) if config.speculation else ()
         model = local_model(self.spec.model)
-        self.engine = make_engine(self.spec.engine, model, config, retrievers)
+        self.engine = make_engine(self.spec.engine, model, config, retrievers, self.spec.engine_options)
         self.player: EpisodePlayer | None = None
         if self.spec.episodes is not None:
             self.player = EpisodePlayer(self.engine, self.spec.episodes, load_tokenizer(model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from thornback.contracts import EngineConfig, InteractiveTask
 
@@ -23,11 +24,12 @@ class EpisodeSpec:
 class RolloutSpec:
     """What a rollout worker is made of. `num_threads` None: every core of its node. `memory_tokens`: so many tokens of
     rollouts, at most, are remembered to speculate from, where `engine_config.speculation` says to. `episodes` None:
-    an answer is one turn."""
+    an answer is one turn. `engine_options`: keyword arguments of the engine's own, beside its config."""
 
     model: str
     engine: str = "torch"
     engine_config: EngineConfig = field(default_factory=EngineConfig)
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
     num_threads: int | None = None
     memory_tokens: int = 0
     episodes: EpisodeSpec | None = None

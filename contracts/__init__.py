@@ -12,7 +12,16 @@ from thornback.contracts.errors import (
     ThornbackError,
     TransferFailed,
 )
-from thornback.contracts.generation import Engine, EngineConfig, EngineLoad, FinishReason, InFlight, Output, Request
+from thornback.contracts.generation import (
+    ENGINE_SIZES,
+    Engine,
+    EngineConfig,
+    EngineLoad,
+    FinishReason,
+    InFlight,
+    Output,
+    Request,
+)
 from thornback.contracts.kv import SHARED, BlockRun, KVExport, KVImport, Lease, Reservation, TransferStats
 from thornback.contracts.rollouts import (
     CACHED_VERSION,
@@ -51,6 +60,7 @@ from thornback.contracts.weights import STORAGE_DTYPES, TensorSpec, WeightView, 
 
 __all__ = [
     "CACHED_VERSION",
+    "ENGINE_SIZES",
     "FINISH_REASONS",
     "SHARED",
     "STORAGE_DTYPES",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol
 
 from thornback.contracts.kv import KVExport, KVImport, Lease, Reservation
@@ -97,15 +97,19 @@ class EngineConfig:
     speculation: SpeculationConfig | None = None
 
 
+ENGINE_SIZES = tuple(f.name for f in fields(EngineConfig) if f.name != "speculation")
+
+
 class Engine(Protocol):
     """Continuous batching over one model. Not thread-safe: one owner calls it.
 
     Randomness is positional: token t of a sample is drawn by inverse CDF, in order of token id, from the one
     uniform number of (seed, t). So a seed gives the same tokens alone, in any batch, and after preemption.
-    `max_model_len`: the most tokens of a request, its answer included.
+    `max_model_len`: the most tokens of a request, its answer included. `vocab_size`: what token ids are below.
     """
 
     max_model_len: int
+    vocab_size: int
 
     def add_request(self, request: Request, kv: KVImport | None = None) -> None:
         """Queue a request. Raises `InvalidRequest` for one that could never run."""

@@ -88,6 +88,7 @@ class TorchEngine:
         self.model_name = str(model)
         self.model = load_model(model, config.device, config.dtype)
         self.shape = ModelShape.of(self.model)
+        self.vocab_size = self.shape.vocab_size
         weight = next(self.model.parameters())
         self.max_model_len = min(config.max_model_len or self.shape.max_positions, self.shape.max_positions)
         draft = load_draft(config.speculation, self.model)

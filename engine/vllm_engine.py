@@ -1,18 +1,22 @@
-"""vLLM behind the `Engine` contract, in this process (vLLM 0.32; `make bench` installs it).
+"""vLLM behind the `Engine` contract, in this process (vLLM 0.32).
 
-What vLLM cannot do is refused: handing keys and values over (its connectors do that between vLLM engines), going on
-after earlier output (its random generators start with a request), and truncated sampling, whose log-probabilities it
-reports after truncation. Its seeds are its own: the same seed draws other tokens than the torch engine does.
+Tokens are drawn by position (vllm_worker.py), so that a seed gives what it gives under the torch engine. What it
+does not do is refused: handing keys and values over between engines.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from thornback.contracts import (
+    ConfigError,
     EngineConfig,
     EngineLoad,
     InFlight,
@@ -25,24 +29,48 @@ from thornback.contracts import (
     SamplingParams,
     WeightView,
 )
+from thornback.engine.model_runner import fresh_seeds
+from thornback.engine.requests import check_request
+from thornback.engine.structured import GrammarCompiler
 from thornback.engine.weights import TORCH_DTYPES
 
-# One process, whose cores other actors share; read when vLLM is imported.
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+# Read when vLLM is imported: one process, whose cores other actors share, and the model runner whose sampler is ours.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Sample `index` of a request: a request of its own to vLLM."""
+
+    request: Request
+    index: int
 
 
 class VllmEngine:
     """The contract over vLLM's `LLMEngine`. One a process: vLLM's distributed state is global."""
 
     def __init__(self, model: str, config: EngineConfig | None = None, **options: Any) -> None:
-        """`options` are further arguments of vLLM's `EngineArgs`, such as `enforce_eager=True`."""
+        """`options` are further arguments of vLLM's `EngineArgs`, such as `enforce_eager=False`."""
         config = config or EngineConfig()
-        os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         if config.num_threads:
             os.environ["OMP_NUM_THREADS"] = str(config.num_threads)
+            torch.set_num_threads(config.num_threads)
         from vllm import EngineArgs
+        from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        from thornback.engine.vllm_worker import eos_of
+
+        _check_options(options, [f.name for f in fields(EngineArgs)])
+        _show_no_names()
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
         arguments: dict[str, Any] = {
             "model": str(model),
@@ -53,69 +81,115 @@ class VllmEngine:
             "enable_prefix_caching": config.enable_prefix_caching,
             "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
             "num_gpu_blocks_override": config.num_blocks,
-            "logprobs_mode": "processed_logprobs",  # after temperature, as the contract says
+            "max_logprobs": -1,
             "disable_log_stats": True,
+            "enforce_eager": on_cpu,  # compiling takes longer there than it saves
+            "async_scheduling": False,  # a draw's position is the number of tokens before it
+            "worker_extension_cls": "thornback.engine.vllm_worker.WorkerExtension",
         }
+        self._adapters = {name: number for number, (name, _) in enumerate(config.adapters, start=1)}
+        self._adapter_paths = dict(config.adapters)
+        if config.adapters:
+            # On CPU a request without an adapter gets the last place's, beside one that has one: it stays empty.
+            places = len(config.adapters) + on_cpu
+            arguments |= {"enable_lora": True, "max_loras": places, "max_lora_rank": _rank(config)}
         self._llm = LLMEngine.from_engine_args(EngineArgs(**{**arguments, **options}))
+        self._llm.collective_rpc("draw_by_position")
         self.max_model_len: int = self._llm.model_config.max_model_len
-        self._live: dict[tuple[str, int], int | None] = {}  # how many alternatives each unfinished sample wants
+        self.vocab_size: int = self._llm.model_config.get_vocab_size()
+        self._eos = eos_of(self._llm.model_config)
+        self._grammars: GrammarCompiler | None = None
+        self._refusals = (ValueError, VLLMClientError)
+        self._samples: dict[str, _Sample] = {}  # what is unfinished, by vLLM's id
+        self._names: dict[str, list[str]] = {}  # vLLM's ids of a request's samples
+        self._num_requests = 0
+        self._seeds = fresh_seeds()
         self._version = 0
+        self._num_flushes = 0
         self._paused = False
 
     def add_request(self, request: Request, kv: KVImport | None = None) -> None:
-        if not request.prompt_token_ids:
-            raise InvalidRequest("The prompt is empty; give at least one token.")
-        if len(request.prompt_token_ids) >= self.max_model_len:
-            raise InvalidRequest(
-                f"The prompt has {len(request.prompt_token_ids)} tokens, but this engine holds {self.max_model_len} "
-                "a request, the answer included; shorten the prompt or raise max_model_len."
-            )
-        if request.export_kv or request.output_token_ids or request.adapter or request.sampling.truncates:
-            raise InvalidRequest(
-                "The vLLM engine takes no hand-overs, adapters or truncated sampling; use the torch engine for those."
-            )
-        try:
-            prompt = self._llm.renderer.render_cmpl([{"prompt_token_ids": list(request.prompt_token_ids)}])[0]
-            self._llm.add_request(request.request_id, prompt, _sampling_params(request.sampling))
-        except ValueError as error:
-            raise InvalidRequest(f"vLLM refuses request {request.request_id}: {error}") from error
-        for index in range(request.sampling.n):
-            self._live[request.request_id, index] = request.sampling.logprobs
+        check_request(request, self.vocab_size, self.max_model_len, self._adapters)
+        if request.request_id in self._names:
+            raise InvalidRequest(f"Request id {request.request_id} is in use; ids must be unique while they run.")
+        if request.export_kv or kv is not None:
+            raise InvalidRequest("The vLLM engine hands no keys and values over; use the torch engine for that.")
+        sampling, before = request.sampling, request.output_token_ids
+        if sampling.json_schema is not None:
+            self._check_schema(sampling.json_schema)
+        seed = next(self._seeds) if sampling.seed is None else sampling.seed
+        stops = self._eos.union(sampling.stop_token_ids) if not sampling.ignore_eos else {*sampling.stop_token_ids}
+        stops = {token for token in stops if 0 <= token < self.vocab_size}  # vLLM refuses others
+        # What was cached under other weights, or before a flush, has another salt.
+        prompt = {
+            "prompt_token_ids": [*request.prompt_token_ids, *before],
+            "cache_salt": f"{self._version}/{self._num_flushes}",
+        }
+        rendered = self._llm.renderer.render_cmpl([prompt])[0]
+        for index in range(sampling.n):
+            params = _sampling_params(sampling, stops, (seed + index) % (1 << 64), len(before))
+            name = f"{self._num_requests}/{index}"
+            try:
+                self._llm.add_request(name, rendered, params, lora_request=self._adapter(request.adapter))
+            except self._refusals as error:
+                self.abort_request(request.request_id)
+                raise InvalidRequest(f"vLLM refuses request {request.request_id}: {error}") from error
+            self._samples[name] = _Sample(request, index)
+            self._names.setdefault(request.request_id, []).append(name)
+        self._num_requests += 1
+
+    def _check_schema(self, schema: str) -> None:
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self._llm.model_config.model, self.vocab_size, sorted(self._eos))
+        self._grammars.matcher(schema)
+
+    def _adapter(self, name: str | None) -> Any:
+        if name is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(name, self._adapters[name], self._adapter_paths[name])
 
     def abort_request(self, request_id: str) -> None:
-        for sample in [sample for sample in self._live if sample[0] == request_id]:
-            del self._live[sample]
-        self._llm.abort_request([request_id])
+        gone = self._names.pop(request_id, [])
+        for name in gone:
+            del self._samples[name]
+        self._llm.abort_request(gone)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._live)
+        return bool(self._samples)
 
     def step(self) -> list[Output]:
-        if self._paused or not self._live:
+        if self._paused or not self._samples:
             return []
-        return [out for result in self._llm.step() for out in self._outputs(result)]
+        return [self._output(result) for result in self._llm.step()]
 
-    def _outputs(self, result: Any) -> list[Output]:
-        """One of vLLM's `RequestOutput`s, which carries the new tokens only."""
-        outputs = []
-        for sample in result.outputs:
-            tables = list(zip(sample.token_ids, sample.logprobs, strict=True))
-            wanted = self._live[result.request_id, sample.index]
-            if sample.finish_reason is not None:
-                del self._live[result.request_id, sample.index]
-            outputs.append(
-                Output(
-                    request_id=result.request_id,
-                    token_ids=list(sample.token_ids),
-                    logprobs=[float(table[token].logprob) for token, table in tables],
-                    index=sample.index,
-                    finish_reason=sample.finish_reason,
-                    weight_version=self._version,
-                    num_cached_tokens=result.num_cached_tokens or 0,
-                    top_logprobs=None if wanted is None else [_ranked(table)[:wanted] for _, table in tables],
-                )
-            )
-        return outputs
+    def _output(self, result: Any) -> Output:
+        """Of one of vLLM's `RequestOutput`s, which carries the new tokens only."""
+        (new,) = result.outputs
+        sample = self._samples[result.request_id]
+        if new.finish_reason is not None:
+            self._forget(result.request_id)
+        sampling = sample.request.sampling
+        tables = list(zip(new.token_ids, new.logprobs, strict=True))
+        scores = result.prompt_logprobs
+        return Output(
+            request_id=sample.request.request_id,
+            token_ids=list(new.token_ids),
+            logprobs=[float(table[token].logprob) for token, table in tables],
+            index=sample.index,
+            finish_reason=new.finish_reason,
+            weight_version=self._version,
+            num_cached_tokens=result.num_cached_tokens or 0,
+            top_logprobs=None if sampling.logprobs is None else [_ranked(t, sampling.logprobs) for _, t in tables],
+            prompt_logprobs=_prompt_scores(sample.request, scores) if scores else None,
+        )
+
+    def _forget(self, name: str) -> None:
+        request_id = self._samples.pop(name).request.request_id
+        self._names[request_id].remove(name)
+        if not self._names[request_id]:
+            del self._names[request_id]
 
     def reserve(self, num_tokens: int) -> Reservation | None:
         return None  # it takes no hand-overs
@@ -125,17 +199,19 @@ class VllmEngine:
 
     def load_weights(self, weights: WeightView, version: int, in_flight: InFlight = "finish") -> None:
         """vLLM copies the weights into its own layout; it cannot map the buffer."""
-        if in_flight != "finish" or self._live:
-            raise RuntimeError("The vLLM engine swaps weights between requests only (in_flight='finish').")
+        if self._samples and in_flight == "finish":
+            raise RuntimeError(
+                f"{len(self._samples)} samples are unfinished; let them end, or load with in_flight='recompute'."
+            )
         tensors = [
             # a copy: mapped buffers are read-only, and vLLM reorders weights in place
             (spec.name, torch.from_numpy(array.copy()).view(TORCH_DTYPES[spec.dtype]))
             for spec, array in weights
         ]
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
-        self._llm.apply_model(_pack_head)
+        self._llm.collective_rpc("load_flat_weights", args=(tensors,))
+        if self._samples and in_flight == "recompute":
+            self._llm.reset_prefix_cache(reset_running_requests=True)
         self._version = version
-        self.flush_prefix_cache()
 
     def pause(self) -> None:
         self._paused = True
@@ -144,7 +220,7 @@ class VllmEngine:
         self._paused = False
 
     def flush_prefix_cache(self) -> None:
-        self._llm.reset_prefix_cache()
+        self._num_flushes += 1
 
     def load(self) -> EngineLoad:
         scheduler = self._llm.engine_core.engine_core.scheduler
@@ -160,31 +236,61 @@ class VllmEngine:
         )
 
 
-def _pack_head(model: torch.nn.Module) -> None:
-    """An output head that is tied to the embedding is in no checkpoint, so that vLLM reloads the embedding and, on
-    CPU, goes on with the head's packed copy of the old one: pack it again."""
-    head: Any = getattr(model, "lm_head", None)
-    if hasattr(head, "quant_method"):
-        head.quant_method.process_weights_after_loading(head)
+def _check_options(options: Mapping[str, Any], known: list[str]) -> None:
+    for name in options:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"vLLM's engine has no argument {name}; did you mean {nearest}?")
 
 
-def _ranked(table: dict[int, Any]) -> list[tuple[int, float]]:
-    return [(token, float(entry.logprob)) for token, entry in sorted(table.items(), key=lambda item: item[1].rank)]
+def _show_no_names() -> None:
+    """vLLM on CPU reads the `__dict__` of everything that modules hold; numba's library of C functions takes that for
+    the name of one, and vLLM fails on what it gets."""
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is not None:
+        ffi.lib._fntab["__dict__"] = {}
 
 
-def _sampling_params(sampling: SamplingParams) -> Any:
+def _rank(config: EngineConfig) -> int:
+    """The largest of the adapters' ranks, as vLLM wants to know it."""
+    import json
+    from pathlib import Path
+
+    ranks = [json.loads(Path(path, "adapter_config.json").read_text())["r"] for _, path in config.adapters]
+    return max(8, 1 << (max(ranks) - 1).bit_length())
+
+
+def _ranked(table: dict[int, Any], count: int) -> list[tuple[int, float]]:
+    """The likeliest tokens of a position. The drawn one is in vLLM's table too, wherever it ranks."""
+    ordered = sorted(table.items(), key=lambda item: -item[1].logprob)
+    return [(token, float(entry.logprob)) for token, entry in ordered[:count]]
+
+
+def _prompt_scores(request: Request, tables: list[Any]) -> list[tuple[float, list[tuple[int, float]]] | None]:
+    prompt, count = request.prompt_token_ids, request.sampling.prompt_logprobs or 0
+    return [
+        None if table is None else (float(table[token].logprob), _ranked(table, count))
+        for token, table in zip(prompt, tables, strict=False)  # an earlier answer follows the prompt there
+    ]
+
+
+def _sampling_params(sampling: SamplingParams, stops: Iterable[int], seed: int, position: int) -> Any:
+    """vLLM's parameters of one sample that has `position` tokens already, and ends at `stops`."""
     from vllm import SamplingParams as VllmSamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return VllmSamplingParams(
-        n=sampling.n,
         temperature=sampling.temperature,
-        max_tokens=sampling.max_tokens,
-        min_tokens=sampling.min_tokens,
-        stop_token_ids=list(sampling.stop_token_ids),
-        seed=sampling.seed,
+        top_p=sampling.top_p,
+        top_k=max(sampling.top_k, 0),
+        min_p=sampling.min_p,
+        max_tokens=sampling.max_tokens - position,
+        min_tokens=max(sampling.min_tokens - position, 0),
+        stop_token_ids=sorted(stops),
         logprobs=sampling.logprobs or 0,
-        ignore_eos=sampling.ignore_eos,
+        prompt_logprobs=sampling.prompt_logprobs,
+        ignore_eos=True,  # they are among the stops
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
+        extra_args={"seed": seed, "position": position, "json_schema": sampling.json_schema},
     )

@@ -62,7 +62,7 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
             request_router_config=RequestRouterConfig(request_router_class=PlacedRouter),
             **_scale(config, least, most),
         )
-        return deployment.bind(model, engine, config.speculation)
+        return deployment.bind(model, engine, config.engine, config.speculation)
 
     gateway = ray_serve.deployment(ray_serve.ingress()(GatewayDeployment)).options(
         name="Gateway",

@@ -11,10 +11,15 @@ from thornback.contracts import ConfigError, EngineConfig, SpeculationConfig
 
 
 class EngineSection(BaseModel):
-    """Sizes of each replica's engine, with vLLM's names."""
+    """Each replica's engine: which, and its sizes, with vLLM's names."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
+    name: str = "torch"
+    """torch, vllm (docs/vllm.md), auto (vllm on GPUs where it is installed, else torch), or the import path of one \
+that implements thornback.contracts.Engine."""
+    options: dict[str, Any] = {}
+    """Arguments of the engine's own: of vllm, its EngineArgs (tensor_parallel_size, gpu_memory_utilization, ...)."""
     max_model_len: int | None = Field(default=None, ge=1)
     """Tokens of a request, prompt and answer together. None: the model's own limit."""
     max_num_seqs: int = Field(default=256, ge=1)
@@ -34,7 +39,7 @@ class EngineSection(BaseModel):
 
     def engine_config(self, threads: int | None) -> EngineConfig:
         """The engine's own form, with `threads` torch threads."""
-        return EngineConfig(**self.model_dump(), num_threads=threads)
+        return EngineConfig(**self.model_dump(exclude={"name", "options"}), num_threads=threads)
 
 
 class SpeculationSection(BaseModel):
@@ -157,6 +162,11 @@ None: everybody may ask."""
         for most, least in (("max_replicas", "num_replicas"), ("max_prefill_replicas", "prefill_replicas")):
             if getattr(self, most) is not None and getattr(self, most) < getattr(self, least):
                 raise ValueError(f"{most} is {getattr(self, most)}, but {least} is {getattr(self, least)}")
+        if self.engine.name == "vllm" and (self.prefill_replicas or self.speculation.method != "off"):
+            raise ValueError(
+                "the engine vllm neither hands keys and values over nor speculates; leave prefill_replicas and "
+                "speculation out, or take engine.name=torch"
+            )
         if self.max_prefill_replicas and not self.prefill_replicas:
             raise ValueError("max_prefill_replicas is set, but prefill_replicas is 0: no pool of their own")
         return self

@@ -8,11 +8,11 @@ import logging
 import os
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Any
 
 import ray
 from ray import serve as ray_serve
 
+from thornback.actors.engines import make_engine
 from thornback.contracts import (
     Engine,
     EngineConfig,
@@ -23,7 +23,7 @@ from thornback.contracts import (
     SamplingParams,
 )
 from thornback.serve.autoscaling import DEMAND
-from thornback.serve.config import SpeculationSection
+from thornback.serve.config import EngineSection, SpeculationSection
 from thornback.serve.engine_loop import EngineLoop
 from thornback.serve.hand_over import HandOver, Receiver, put_export
 from thornback.serve.link import Link, LinkItem, ReplicaReport
@@ -58,16 +58,11 @@ class Replica:
     link ends, so do its requests. `replica_id` of all methods: see `PlacedRouter`."""
 
     async def __init__(  # type: ignore[misc]
-        self, model: str, config: EngineConfig, speculation: SpeculationSection | None = None
+        self, model: str, config: EngineConfig, engine: EngineSection, speculation: SpeculationSection
     ) -> None:
-        retrievers, self._learning = make_retrievers(speculation or SpeculationSection())
-
-        def make_engine() -> Engine:
-            from thornback.engine import TorchEngine  # torch is imported in the engine's thread, beside Ray's start
-
-            return TorchEngine(model, config, retrievers)
-
-        self._loop = EngineLoop(make_engine, self)
+        retrievers, self._learning = make_retrievers(speculation)
+        # Torch is imported in the engine's thread, beside Ray's start.
+        self._loop = EngineLoop(lambda: make_engine(engine.name, model, config, retrievers, engine.options), self)
         self._links: dict[str, Link] = {}  # by gateway
         self._asked: dict[str, _Asked] = {}  # by request
         self._shipping: set[asyncio.Task[None]] = set()
@@ -76,7 +71,7 @@ class Replica:
         self._open.set()  # else what comes waits for other weights
         # A reference in an item of a stream keeps nothing alive: it is held here, by lease, until it has been fetched.
         self._shipped: dict[str, list[ray.ObjectRef]] = {}
-        engine: Any = await self._loop.ready()
+        ready = await self._loop.ready()
         await self._loop.call(_warm_up)
         self._receiver = Receiver(self._loop)
         context = ray_serve.get_replica_context()
@@ -85,9 +80,9 @@ class Replica:
             "deployment": context.deployment,
             "replica_id": self._id,
             "node_id": ray.get_runtime_context().get_node_id(),
-            "num_cache_tokens": engine.load().num_blocks * config.block_size,
-            "max_model_len": engine.max_model_len,
-            "vocab_size": engine.shape.vocab_size,
+            "num_cache_tokens": ready.load().num_blocks * config.block_size,
+            "max_model_len": ready.max_model_len,
+            "vocab_size": ready.vocab_size,
             "max_num_seqs": config.max_num_seqs,
             "pid": os.getpid(),
         }
@@ -283,9 +278,9 @@ class Replica:
             self._learning.append([*asked.request.prompt_token_ids, *tokens])
 
 
-def _warm_up(engine: Any) -> None:
+def _warm_up(engine: Engine) -> None:
     """Answer something, so that what is used for the first time has its time before anybody waits for it."""
-    prompt = tuple(range(min(8, engine.shape.vocab_size)))
+    prompt = tuple(range(min(8, engine.vocab_size)))
     for number, temperature in enumerate((0.0, 1.0)):
         sampling = SamplingParams(max_tokens=4, temperature=temperature, ignore_eos=True, seed=0)
         engine.add_request(Request(f"warm-up-{number}", prompt, sampling))

@@ -20,17 +20,20 @@ from thornback.train.durations import duration
 from thornback.train.report import Change, before_and_after, read_run
 
 
-def demo_config(seed: int, directory: str, task: str = "arithmetic") -> RunConfig:
-    """What the demo of a task trains, from one seed."""
+def demo_config(seed: int, directory: str, task: str = "arithmetic", engine: str = "torch") -> RunConfig:
+    """What the demo of a task trains, from one seed, with rollouts by `engine`."""
     settings = DEMOS[task].settings
-    name = f"demo-{seed}" if task == "arithmetic" else f"demo-{task}-{seed}"
-    run = {**settings["run"], "name": name, "dir": directory, "seed": seed}
-    return make_config({**settings, "run": run}, source="the demo")
+    parts = ("demo", *([task] if task != "arithmetic" else []), *([engine] if engine != "torch" else []), str(seed))
+    run = {**settings["run"], "name": "-".join(parts), "dir": directory, "seed": seed}
+    rollout, model = {**settings["rollout"], "engine": engine}, settings["model"]
+    if engine != "torch":
+        model = {"build": {**model["build"], "head_dim": 32}}  # vLLM on CPU has no narrower heads
+    return make_config({**settings, "run": run, "rollout": rollout, "model": model}, source="the demo")
 
 
-def run_demo(seed: int = 0, directory: str = "", task: str = "arithmetic") -> None:
+def run_demo(seed: int = 0, directory: str = "", task: str = "arithmetic", engine: str = "torch") -> None:
     """Everything, from nothing, into `directory`. Raises NotImproved where the model did not get better."""
-    demo, config = DEMOS[task], demo_config(seed, directory, task)
+    demo, config = DEMOS[task], demo_config(seed, directory, task, engine)
     console = Console()
     started = time.monotonic()
     console.print(f"thornback demo of {task} with seed {seed}: everything goes to {config.directory}/", highlight=False)
@@ -68,7 +71,7 @@ def serve_and_ask(config: RunConfig, demo: Demo, console: Console) -> None:
 
     from thornback.serve import start
 
-    with start(f"{config.directory}/model", port=0) as server:
+    with start(f"{config.directory}/model", port=0, engine={"name": config.rollout.engine}) as server:
         console.print(f"  listening at {server.base_url}", highlight=False)
         client = OpenAI(base_url=server.base_url, api_key="none", timeout=60, max_retries=0)
         for line in demo.ask(client, client.models.list().data[0].id, config):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from thornback.contracts import ConfigError, EngineConfig
+from thornback.contracts import ENGINE_SIZES, ConfigError
 from thornback.train.sections import (
     AlgorithmSection,
     AnchorsSection,
@@ -80,11 +79,10 @@ class RunConfig(Section):
                 f"rollout.speculate: the engine {self.rollout.engine} does not speculate; take rollout.engine=torch, "
                 "or set rollout.speculate=off"
             )
-        if self.rollout.engine == "torch":
-            known = [f.name for f in fields(EngineConfig) if f.name != "speculation"]  # needs retrievers
+        if self.rollout.engine in ("torch", "auto"):
             for name in self.rollout.engine_options:
-                if name not in known:
-                    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                if name not in ENGINE_SIZES:
+                    nearest = difflib.get_close_matches(name, ENGINE_SIZES, n=1, cutoff=0.0)[0]
                     raise ValueError(f'rollout.engine_options: unknown key "{name}"; did you mean "{nearest}"?')
         if self.rewards and not any(r.weight > 0 for r in self.rewards.values()):
             raise ValueError("rewards: every weight is 0; give at least one reward a weight")

@@ -29,7 +29,7 @@ from thornback.actors import (
     WeightStore,
     actor_options,
 )
-from thornback.contracts import EngineConfig, EnvironmentFailed, SamplingParams
+from thornback.contracts import ENGINE_SIZES, EngineConfig, EnvironmentFailed, SamplingParams
 from thornback.data import check_failures
 from thornback.train.checkpoint import Checkpoint
 from thornback.train.config import RunConfig
@@ -258,10 +258,12 @@ def check_environments(failures: Counter[str], num_rollouts: int, allowed_share:
 def rollout_spec_of(config: RunConfig, model: str, problem: Problem) -> RolloutSpec:
     """What a rollout worker of this run is made of."""
     rollout = config.rollout
+    sizes = {name: value for name, value in rollout.engine_options.items() if name in ENGINE_SIZES}
     return RolloutSpec(
         model=model,
         engine=rollout.engine,
-        engine_config=EngineConfig(**rollout.engine_options),
+        engine_config=EngineConfig(**sizes),
+        engine_options={name: value for name, value in rollout.engine_options.items() if name not in sizes},
         num_threads=rollout.num_threads,
         episodes=problem.episodes,
     )

@@ -69,7 +69,7 @@ def _sizes(config: RunConfig) -> dict[str, Any]:
     return {
         "hidden_size": build.hidden_size,
         "num_key_value_heads": build.num_key_value_heads,
-        "head_dim": build.hidden_size // build.num_attention_heads,
+        "head_dim": build.head_dim or build.hidden_size // build.num_attention_heads,
     }
 
 

@@ -57,6 +57,8 @@ class BuildSection(Section):
     """Query heads."""
     num_key_value_heads: PositiveInt = 2
     """Key and value heads."""
+    head_dim: PositiveInt | None = None
+    """Width of a head. None: hidden_size / num_attention_heads; vLLM on CPU wants a multiple of 32."""
     intermediate_size: PositiveInt = 256
     """Width of the feed-forward layers."""
     max_position_embeddings: PositiveInt = 512
@@ -148,9 +150,11 @@ class RolloutSection(Section):
     """Generation."""
 
     engine: str = "torch"
-    """The engine: torch, or the import path of one that implements thornback.contracts.Engine."""
+    """The engine: torch, vllm (docs/vllm.md), auto (vllm on GPUs where it is installed, else torch), or the import path
+    of one that implements thornback.contracts.Engine."""
     engine_options: dict[str, Any] = Field(default_factory=dict)
-    """Sizes of the engine: fields of thornback.contracts.EngineConfig (block_size, max_num_seqs, ...)."""
+    """Sizes of the engine: fields of thornback.contracts.EngineConfig (block_size, max_num_seqs, ...); vllm takes its
+    own EngineArgs too (tensor_parallel_size, gpu_memory_utilization, ...)."""
     num_workers: PositiveInt = 1
     """Rollout workers; the prompts of a step are shared out among them."""
     num_threads: Threads = None

@@ -34,6 +34,10 @@ TOOL_TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_byte_model(tmp_path_factory.mktemp("served") / "byte-model")
+
+
+def make_byte_model(directory: Path, **sizes: int) -> Path:
     """A random model over a byte-level tokenizer: characters beyond ASCII take several tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +53,6 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TOOL_TEMPLATE
     )
-    directory = tmp_path_factory.mktemp("served") / "byte-model"
     return build_model(
         directory,
         fast,
@@ -58,6 +61,7 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         intermediate_size=128,
         max_position_embeddings=8192,
+        **sizes,
     )
 
 

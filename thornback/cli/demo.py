@@ -15,6 +15,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         default="arithmetic",
         help="sums, worked column by column; or an agent that searches several times (default: %(default)s)",
     )
+    parser.add_argument("--engine", default="torch", help="of rollouts: torch, or vllm (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another run (default: %(default)s)")
     parser.add_argument(
         "--out", default="", metavar="DIR", help="the run directory (default: runs/demo-SEED, runs/demo-TASK-SEED)"
@@ -25,4 +26,4 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from thornback.demo import run_demo
 
-    run_demo(seed=arguments.seed, directory=arguments.out, task=arguments.task)
+    run_demo(seed=arguments.seed, directory=arguments.out, task=arguments.task, engine=arguments.engine)

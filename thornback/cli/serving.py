@@ -14,6 +14,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see docs/configuration.md")
     parser.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="the port to listen on (default: 8000; 0 takes a free one)")
+    parser.add_argument("--engine", help="torch, vllm, or auto: vllm on GPUs (default: torch; docs/vllm.md)")
     parser.add_argument("--speculate", choices=["off", "rasd"], help="several tokens a pass (docs/speculation.md)")
     parser.add_argument("--datastore", metavar="FILE", help="guess from what thornback datastore build has written")
     parser.add_argument("--draft", metavar="DIRECTORY", help="guess by a draft head, or by a small model")
@@ -46,6 +47,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "host": arguments.host,
         "port": arguments.port,
         "prefill_replicas": 1 if arguments.pd and "prefill_replicas" not in nested else None,
+        "engine.name": arguments.engine,
         "speculation.method": arguments.speculate,
         "speculation.datastore": arguments.datastore,
         "speculation.draft": arguments.draft,

@@ -1,0 +1,97 @@
+"""Rollouts by vLLM: those of the torch engine, with log-probabilities that the learner agrees with."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.actors.batches import SAMPLING, SHARD, learner
+from tests.actors.test_episodes import PROMPTS, Echo
+from tests.actors.test_episodes import SAMPLING as TURNS
+from thornback.actors import EpisodeSpec, PromptShard, RolloutSpec
+from thornback.actors.rollout_worker import RolloutWorkerCore
+from thornback.contracts import ConfigError, EngineConfig, RolloutBatch
+from thornback.data import load_tokenizer, render_prompt
+
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here; make test-vllm"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model("qwen3", head_dim=32)
+
+
+def worker(model, engine: str, episodes: EpisodeSpec | None = None, **options) -> RolloutWorkerCore:
+    config = EngineConfig(max_num_seqs=16, max_model_len=256, kv_cache_memory_bytes=1 << 28)
+    spec = RolloutSpec(str(model), engine, config, options, num_threads=1, episodes=episodes)
+    core = RolloutWorkerCore(spec)
+    core.setup()
+    return core
+
+
+@pytest.fixture(scope="module")
+def by_vllm(model) -> RolloutWorkerCore:
+    return worker(model, "vllm", EpisodeSpec(Echo))
+
+
+def same(got: RolloutBatch, wanted: RolloutBatch) -> None:
+    """Up to a rollout in twenty, which fell on the border of two tokens."""
+    differ = [i for i in range(len(wanted)) if got.response(i).tolist() != wanted.response(i).tolist()]
+    assert len(differ) <= len(wanted) // 20
+    for i in set(range(len(wanted))) - set(differ):
+        at = slice(*wanted.response_offsets[i : i + 2])
+        into = slice(*got.response_offsets[i : i + 2])
+        np.testing.assert_allclose(got.logprobs[into], wanted.logprobs[at], atol=1e-4)
+        np.testing.assert_array_equal(got.loss_mask[into], wanted.loss_mask[at])
+
+
+def test_rollouts_are_those_of_the_torch_engine(model, by_vllm) -> None:
+    by_vllm.player, player = None, by_vllm.player
+    try:
+        batch, report = by_vllm.generate(SHARD, SAMPLING, 0)
+        again, _ = by_vllm.generate(SHARD, SAMPLING, 0)
+    finally:
+        by_vllm.player = player
+    same(batch, worker(model, "torch").generate(SHARD, SAMPLING, 0)[0])
+    np.testing.assert_array_equal(batch.response_ids, again.response_ids)
+    np.testing.assert_array_equal(batch.logprobs, again.logprobs)
+    assert report.num_tokens == len(batch.response_ids)
+
+
+def test_the_learner_agrees_with_their_log_probabilities_after_updates(model, by_vllm) -> None:
+    policy = learner(model)
+    by_vllm.player, player = None, by_vllm.player
+    try:
+        for version in range(3):
+            by_vllm.load_weights(*policy.weights(), version)
+            batch, _ = by_vllm.generate(replace(SHARD, seeds=(version, 20, 30, 40)), SAMPLING, version)
+            report = policy.update(version, np.random.default_rng(version).normal(size=len(batch)), batch)
+            assert report.metrics["mismatch/mean_abs"] < 1e-5  # criterion: 1e-3
+            assert (batch.versions == version).all()
+    finally:
+        by_vllm.player = player
+    by_vllm.load_weights(*learner(model).weights(), 0)
+
+
+def test_episodes_are_those_of_the_torch_engine(model, by_vllm) -> None:
+    tokenizer = load_tokenizer(model)
+    shard = PromptShard(
+        tuple(prompt.key for prompt in PROMPTS),
+        tuple(tuple(render_prompt(tokenizer, prompt.messages)) for prompt in PROMPTS),
+        tuple(range(0, 400, 100)),
+    )
+    got, _ = by_vllm.generate(shard, TURNS, 0, PROMPTS)
+    wanted, _ = worker(model, "torch", EpisodeSpec(Echo)).generate(shard, TURNS, 0, PROMPTS)
+    assert (wanted.loss_mask == 0).any(), "the environment said nothing"
+    same(got, wanted)
+
+
+def test_wrong_options_are_told(model) -> None:
+    with pytest.raises(ConfigError, match=r"tensor_parallel_sizes.*tensor_parallel_size"):
+        worker(model, "vllm", tensor_parallel_sizes=2)
