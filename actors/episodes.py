@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import queue
 import threading
-from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from thornback.actors.groups import Group, GroupPlayer, Start
 from thornback.actors.specs import EpisodeSpec
 from thornback.contracts import (
     ClosableEnvironment,
@@ -20,13 +22,12 @@ from thornback.contracts import (
     Environment,
     EnvironmentFailed,
     Observation,
-    Prompt,
     Request,
     SamplingParams,
     Trajectory,
 )
 from thornback.data import render_reply
-from thornback.engine import Collector, Sample
+from thornback.engine import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,22 +35,11 @@ if TYPE_CHECKING:
 _GRACE_SECONDS = 30.0  # for a coroutine's own deadline to act, before its thread counts as blocked
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
-    """An episode's beginning: its prompt, how many episodes of it, and the seed of the first; the next has seed + 1."""
-
-    prompt: Prompt
-    token_ids: tuple[int, ...]
-    seed: int
-    count: int
-
-
 @dataclass(slots=True)
 class _Episode:
-    """What has been said so far. `number`: of its start; `index` among that one's."""
+    """What has been said so far in rollout `index` of a group."""
 
-    start: Start
-    number: int
+    group: Group
     index: int
     environment: Environment
     token_ids: list[int] = field(default_factory=list)
@@ -79,8 +69,8 @@ class _Episode:
         )
 
 
-class EpisodePlayer:
-    """Plays on one engine with one tokenizer.
+class EpisodePlayer(GroupPlayer):
+    """Plays with a task's environments.
 
     What was sampled is what is kept: turns are never encoded again. An episode ends when its environment says nothing
     more ("stop"), when the model runs out of tokens or of turns ("length"; an environment that can judges what there
@@ -88,50 +78,40 @@ class EpisodePlayer:
     """
 
     def __init__(self, engine: Engine, spec: EpisodeSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self.tokenizer = tokenizer
         self.task = spec.make_task()
         self.max_turns = spec.max_turns or self.task.max_turns
-        self.failures: Counter[str] = Counter()
         self._waiting = _Waiting(spec.timeout)
-        self._asking: dict[tuple[str, int], _Episode] = {}  # by request and sample
+        self._episodes: dict[tuple[str, int], _Episode] = {}  # by group and index
 
-    def play(self, starts: Sequence[Start], sampling: SamplingParams) -> list[list[Trajectory]]:
-        """The episodes of each start. `failures` counts, by cause, those of this call whose environment failed."""
-        self.failures = Counter()
-        groups = [
-            [
-                _Episode(start, number, i, self.task.environment(start.prompt, start.seed + i))
-                for i in range(start.count)
-            ]
-            for number, start in enumerate(starts)
-        ]
-        for number, (start, group) in enumerate(zip(starts, groups, strict=True)):
-            if group:
-                first = replace(sampling, seed=start.seed, n=start.count)
-                self.engine.add_request(Request(str(number), start.token_ids, first))
-            self._asking |= {(str(number), episode.index): episode for episode in group}
+    def begin(self, name: str, start: Start, sampling: SamplingParams) -> None:
+        assert start.prompt is not None
+        environments = [self.task.environment(start.prompt, start.seed + i) for i in range(start.count)]
         try:
-            self._play_to_the_end(sampling)
+            super().begin(name, start, sampling)
         except BaseException:
-            for episode in (episode for group in groups for episode in group):
-                _drop(episode)
+            for environment in environments:
+                _drop(environment)
             raise
-        return [[episode.trajectory() for episode in group] for group in groups]
+        group = self._groups[name]
+        self._episodes |= {(name, i): _Episode(group, i, environment) for i, environment in enumerate(environments)}
 
-    def _play_to_the_end(self, sampling: SamplingParams) -> None:
-        collector = Collector()
-        while self._asking or len(self._waiting):
-            if self.engine.has_unfinished_requests():
-                collector.take(self.engine.step())
-            for key, sample in collector.drain():
-                episode = self._asking.pop(key)
-                self._take_turn(episode, sample)
-            for episode, observed in self._waiting.done(block=not self._asking):
-                self._take_reply(episode, observed, sampling)
+    def step(self, patience: float | None = None) -> None:
+        super().step()
+        wait = None if self._asking else math.inf if patience is None else patience
+        for episode, observed in self._waiting.done(wait):
+            self._take_reply(episode, observed)
 
-    def _take_turn(self, episode: _Episode, sample: Sample) -> None:
+    def drop(self, names: Iterable[str]) -> None:
+        gone = set(names)
+        super().drop(gone)
+        for key in [key for key in self._episodes if key[0] in gone]:
+            _drop(self._episodes.pop(key).environment)
+
+    def _take_turn(self, group: Group, index: int, sample: Sample) -> None:
         """The model has ended its turn: hand it to the environment."""
+        episode = self._episodes[group.name, index]
         tokens = sample.token_ids.tolist()
         episode.extend(tokens, sample.logprobs.tolist(), sample.versions.tolist(), 1)
         episode.num_turns += 1
@@ -146,6 +126,8 @@ class EpisodePlayer:
         episode.finish_reason = finish_reason
         if isinstance(episode.environment, ClosableEnvironment):
             self._tell(episode, episode.environment.truncate, turn)
+        else:
+            self._conclude(episode)
 
     def _tell(self, episode: _Episode, method: Callable[[Any], object], turn: str | None) -> None:
         observed: object
@@ -155,39 +137,47 @@ class EpisodePlayer:
             observed = error
         self._waiting.add(episode, observed)
 
-    def _take_reply(self, episode: _Episode, observed: object, sampling: SamplingParams) -> None:
+    def _take_reply(self, episode: _Episode, observed: object) -> None:
         """The environment has answered: ask the model for its next turn, unless the episode is over."""
+        group = episode.group
+        if self._episodes.get((group.name, episode.index)) is not episode:
+            return  # it was given up
         if not isinstance(observed, Observation):
             failed = isinstance(observed, BaseException)
             said = f"{type(observed).__name__}: {observed}" if failed else f"returned {observed!r}, no Observation"
-            self.failures[said[:200]] += 1
+            group.failures[said[:200]] += 1
             episode.finish_reason = "abort"
-            _drop(episode)
+            _drop(episode.environment)
+            self._conclude(episode)
             return
         episode.num_calls += observed.num_calls
         episode.judged |= observed.judged
-        if episode.finish_reason:
-            return
-        if not observed.messages:
+        if not episode.finish_reason and not observed.messages:
             episode.finish_reason = "stop"
+        if episode.finish_reason:
+            self._conclude(episode)
             return
-        room = min(sampling.max_tokens, self.engine.max_model_len - len(episode.start.token_ids))
+        room = min(group.sampling.max_tokens, self.engine.max_model_len - len(group.start.token_ids))
         reply = render_reply(self.tokenizer, observed.messages) if episode.num_turns < self.max_turns else None
         if reply is None or len(episode.token_ids) + len(reply) >= room:
             self._truncate(episode, None)
             return
         episode.extend(reply, [0.0] * len(reply), [episode.versions[-1]] * len(reply), 0)
-        request_id = f"{episode.number}/{episode.index}/{episode.num_turns}"
+        request_id = f"{group.name}/{episode.index}/{episode.num_turns}"
         # Draws go on by their position, as if nobody had interrupted.
-        going_on = replace(sampling, seed=episode.start.seed + episode.index, n=1)
-        request = Request(request_id, episode.start.token_ids, going_on, output_token_ids=tuple(episode.token_ids))
+        going_on = replace(group.sampling, seed=group.start.seed + episode.index, n=1)
+        request = Request(request_id, group.start.token_ids, going_on, output_token_ids=tuple(episode.token_ids))
         self.engine.add_request(request)
-        self._asking[request_id, 0] = episode
+        self._asking[request_id, 0] = (group, episode.index)
+
+    def _conclude(self, episode: _Episode) -> None:
+        del self._episodes[episode.group.name, episode.index]
+        self._end(episode.group, episode.index, episode.trajectory())
 
 
-def _drop(episode: _Episode) -> None:
-    if isinstance(episode.environment, ClosableEnvironment):
-        episode.environment.drop()
+def _drop(environment: Environment) -> None:
+    if isinstance(environment, ClosableEnvironment):
+        environment.drop()
 
 
 class _Waiting:
@@ -198,11 +188,14 @@ class _Waiting:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._answers: queue.SimpleQueue[tuple[_Episode, object]] = queue.SimpleQueue()
         self._count = 0
+        self._heard = 0.0  # when an answer came last, or was first waited for
 
     def __len__(self) -> int:
         return self._count
 
     def add(self, episode: _Episode, observed: object) -> None:
+        if not self._count:
+            self._heard = time.monotonic()
         self._count += 1
         if not inspect.isawaitable(observed):
             self._answers.put((episode, observed))
@@ -212,19 +205,25 @@ class _Waiting:
             threading.Thread(target=self._loop.run_forever, name="environments", daemon=True).start()
         asyncio.run_coroutine_threadsafe(self._await(episode, observed), self._loop)
 
-    def done(self, block: bool) -> list[tuple[_Episode, object]]:
-        """Answers that are there, in the order in which they came; with `block`, one at least if any is awaited."""
+    def done(self, wait: float | None) -> list[tuple[_Episode, object]]:
+        """Answers that are there, in the order in which they came; with `wait`, one at least if any is awaited and
+        comes within so many seconds. Raises `EnvironmentFailed` where none has come for too long."""
         found = []
-        if block and self._count:
+        if wait is not None and self._count:
+            left = max(0.0, self._heard + self._timeout + _GRACE_SECONDS - time.monotonic())
             try:
-                found.append(self._answers.get(timeout=self._timeout + _GRACE_SECONDS))
+                found.append(self._answers.get(timeout=min(wait, left)))
             except queue.Empty:
+                if wait < left:
+                    return []
                 raise EnvironmentFailed(
                     f"{self._count} environments have blocked their thread for {self._timeout + _GRACE_SECONDS:.0f} s; "
                     "await what takes long, for example by asyncio.to_thread."
                 ) from None
         while not self._answers.empty():
             found.append(self._answers.get())
+        if found:
+            self._heard = time.monotonic()
         self._count -= len(found)
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,7 +12,8 @@ import numpy as np
 import ray
 
 from thornback.actors.engines import make_engine
-from thornback.actors.episodes import EpisodePlayer, Start
+from thornback.actors.episodes import EpisodePlayer
+from thornback.actors.groups import Group, GroupPlayer, Start
 from thornback.actors.locations import local_model
 from thornback.actors.rollout_memory import RolloutMemory
 from thornback.actors.specs import RolloutSpec
@@ -20,7 +22,6 @@ from thornback.contracts import (
     CACHED_VERSION,
     FINISH_REASONS,
     Prompt,
-    Request,
     RolloutBatch,
     SamplingParams,
     SpeculationStats,
@@ -31,7 +32,7 @@ from thornback.contracts import (
     offsets_of,
 )
 from thornback.data import PromptLookup, load_tokenizer
-from thornback.engine import Sample, TorchEngine, generate
+from thornback.engine import TorchEngine
 from thornback.engine.pass_costs import Costs
 
 
@@ -80,7 +81,7 @@ class RolloutWorkerCore:
         retrievers = (PromptLookup(), self.memory) if config.speculation else ()
         model = local_model(self.spec.model)
         self.engine = make_engine(self.spec.engine, model, config, retrievers, self.spec.engine_options)
-        self.player: EpisodePlayer | None = None
+        self.player = GroupPlayer(self.engine)
         if self.spec.episodes is not None:
             self.player = EpisodePlayer(self.engine, self.spec.episodes, load_tokenizer(model))
         self.version = 0
@@ -105,33 +106,29 @@ class RolloutWorkerCore:
             self.engine.speculation.start_over()
         self.memory.wait()
         before = self.engine.load().speculation
-        groups, failures = self._rollouts(shard, sampling, prompts)
+        names = self._begin([f"now/{i}" for i in range(len(shard))], shard, sampling, prompts)
+        groups = self.player.take(names)
         batch = make_batch(shard, groups)
         num_tokens = int(((batch.versions != CACHED_VERSION) & (batch.loss_mask > 0)).sum())
         after = self.engine.load().speculation
         drafted = after.since(before) if after is not None and before is not None else None
+        failures = sum((group.failures for group in groups), Counter())
         return batch, GenerationReport(num_tokens, time.perf_counter() - started, drafted, failures)
 
-    def _rollouts(
-        self, shard: PromptShard, sampling: SamplingParams, prompts: tuple[Prompt, ...]
-    ) -> tuple[list[list[Trajectory]], Mapping[str, int]]:
-        """The rollouts of each prompt, cached ones last; and the environments that failed, by cause."""
+    def _begin(
+        self, names: list[str], shard: PromptShard, sampling: SamplingParams, prompts: tuple[Prompt, ...]
+    ) -> list[str]:
+        """Begin a group for each prompt, under these names. All or none."""
         cached = shard.trajectories or (None,) * len(shard)
-        counts = [sampling.n - (trajectory is not None) for trajectory in cached]
-        failures: Mapping[str, int] = {}
-        if self.player is not None:
-            starts = [Start(*start) for start in zip(prompts, shard.token_ids, shard.seeds, counts, strict=True)]
-            drawn = self.player.play(starts, sampling)
-            failures = dict(self.player.failures)
-        else:
-            requests = [
-                Request(str(i), shard.token_ids[i], replace(sampling, seed=shard.seeds[i], n=n))
-                for i, n in enumerate(counts)
-                if n > 0
-            ]
-            samples = generate(self.engine, requests)
-            drawn = [[_trajectory(sample) for sample in samples.get(str(i), ())] for i in range(len(shard))]
-        return [[*group, *([] if c is None else [c])] for group, c in zip(drawn, cached, strict=True)], failures
+        try:
+            for i, name in enumerate(names):
+                count = sampling.n - (cached[i] is not None)
+                prompt = prompts[i] if prompts else None
+                self.player.begin(name, Start(prompt, shard.token_ids[i], shard.seeds[i], count), sampling)
+        except BaseException:
+            self.player.drop(names)
+            raise
+        return names
 
     def load_weights(self, buffer: np.ndarray, index: tuple[TensorSpec, ...], version: int) -> None:
         """Map published weights: on CPU the parameters become views of `buffer`, which is mapped, not copied."""
@@ -170,16 +167,12 @@ class RolloutWorkerCore:
         self.memory.save(location)
 
 
-def _trajectory(sample: Sample) -> Trajectory:
-    """An answer that nobody interrupted."""
-    mask = np.ones(len(sample.token_ids), np.uint8)
-    return Trajectory(sample.token_ids, sample.logprobs, sample.versions, mask, sample.finish_reason)
-
-
-def make_batch(shard: PromptShard, groups: Sequence[Sequence[Trajectory]]) -> RolloutBatch:
-    """The rollouts of each prompt as flat arrays, not judged by rewards yet."""
-    rollouts = [rollout for group in groups for rollout in group]
-    counts = [len(group) for group in groups]
+def make_batch(shard: PromptShard, groups: Sequence[Group]) -> RolloutBatch:
+    """The rollouts of each prompt as flat arrays, cached ones last, not judged by rewards yet."""
+    cached = shard.trajectories or (None,) * len(shard)
+    whole = [[*g.trajectories, *([] if c is None else [c])] for g, c in zip(groups, cached, strict=True)]
+    rollouts = [rollout for group in whole for rollout in group]
+    counts = [len(group) for group in whole]
     prompts = [np.asarray(ids, np.int32) for ids, n in zip(shard.token_ids, counts, strict=True) for _ in range(n)]
     turns = [rollout.turn_starts for rollout in rollouts]
     return RolloutBatch(

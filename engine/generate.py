@@ -46,6 +46,12 @@ class Collector:
                     out.finish_reason,
                 )
 
+    def forget(self, request_id: str) -> None:
+        """Drop what is there of a request that was given up."""
+        for parts in (self._parts, self.finished):
+            for key in [key for key in parts if key[0] == request_id]:
+                del parts[key]
+
     def drain(self) -> list[tuple[tuple[str, int], Sample]]:
         """The samples that have finished since the last call, by request id and index."""
         finished, self.finished = self.finished, {}

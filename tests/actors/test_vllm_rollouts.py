@@ -12,6 +12,7 @@ from tests.actors.batches import SAMPLING, SHARD, learner
 from tests.actors.test_episodes import PROMPTS, Echo
 from tests.actors.test_episodes import SAMPLING as TURNS
 from thornback.actors import EpisodeSpec, PromptShard, RolloutSpec
+from thornback.actors.groups import GroupPlayer
 from thornback.actors.rollout_worker import RolloutWorkerCore
 from thornback.contracts import ConfigError, EngineConfig, RolloutBatch
 from thornback.data import load_tokenizer, render_prompt
@@ -52,7 +53,7 @@ def same(got: RolloutBatch, wanted: RolloutBatch) -> None:
 
 
 def test_rollouts_are_those_of_the_torch_engine(model, by_vllm) -> None:
-    by_vllm.player, player = None, by_vllm.player
+    by_vllm.player, player = GroupPlayer(by_vllm.engine), by_vllm.player
     try:
         batch, report = by_vllm.generate(SHARD, SAMPLING, 0)
         again, _ = by_vllm.generate(SHARD, SAMPLING, 0)
@@ -66,7 +67,7 @@ def test_rollouts_are_those_of_the_torch_engine(model, by_vllm) -> None:
 
 def test_the_learner_agrees_with_their_log_probabilities_after_updates(model, by_vllm) -> None:
     policy = learner(model)
-    by_vllm.player, player = None, by_vllm.player
+    by_vllm.player, player = GroupPlayer(by_vllm.engine), by_vllm.player
     try:
         for version in range(3):
             by_vllm.load_weights(*policy.weights(), version)
