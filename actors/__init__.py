@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from thornback.actors.anchor_sampler import AnchorSampler, anchors_of
     from thornback.actors.draft_learner import DraftLearner
     from thornback.actors.learner_group import LearnerGroup
-    from thornback.actors.pool import ActorPool
+    from thornback.actors.pool import LOST_CALL, ActorPool, Flight
     from thornback.actors.reward_model import RewardModel, RewardTable
-    from thornback.actors.rollout_worker import GenerationReport, PromptShard, RolloutWorker
+    from thornback.actors.rollout_worker import GenerationReport, GroupReport, PromptShard, RolloutWorker
     from thornback.actors.specs import (
         DraftLearnerSpec,
         DraftReport,
@@ -31,9 +31,9 @@ _EXPORTS = {
     "anchor_sampler": "AnchorSampler anchors_of",
     "draft_learner": "DraftLearner",
     "learner_group": "LearnerGroup",
-    "pool": "ActorPool",
+    "pool": "ActorPool Flight LOST_CALL",
     "reward_model": "RewardModel RewardTable",
-    "rollout_worker": "GenerationReport PromptShard RolloutWorker",
+    "rollout_worker": "GenerationReport GroupReport PromptShard RolloutWorker",
     "specs": "DraftLearnerSpec DraftReport EpisodeSpec LearnerSpec OptimizerSpec PolicySpec RolloutSpec "
     "UpdateReport UpdateSpec",
     "supervision": "DataLost Home LearnerLost Restarts actor_options",
@@ -42,6 +42,7 @@ _EXPORTS = {
 _HOME_OF = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
 __all__ = [
+    "LOST_CALL",
     "ActorPool",
     "AnchorSampler",
     "DataLost",
@@ -49,7 +50,9 @@ __all__ = [
     "DraftLearnerSpec",
     "DraftReport",
     "EpisodeSpec",
+    "Flight",
     "GenerationReport",
+    "GroupReport",
     "Home",
     "LearnerGroup",
     "LearnerLost",

@@ -16,6 +16,7 @@ from thornback.actors.learner import Learner
 from thornback.actors.specs import LearnerSpec, UpdateReport
 from thornback.actors.supervision import DataLost, Home, LearnerLost, actor_options, is_lost, kill, original_error
 
+MEANWHILE_SECONDS = 0.01
 GRACE_SECONDS = 10.0  # a rank's error may be the echo of another rank's death, which Ray reports a moment later
 
 
@@ -32,6 +33,7 @@ class LearnerGroup:
         self.spec = spec
         self._on_event = on_event
         self._options = actor_options(num_cpus, num_gpus)
+        self.meanwhile: Callable[[], None] | None = None  # called again and again while an update is waited for
         self.ranks: list[ActorHandle] = []
         self.homes: list[Home] = []
 
@@ -54,7 +56,7 @@ class LearnerGroup:
     def update(self, step: int, advantages: np.ndarray, batches: Sequence[ObjectRef]) -> UpdateReport:
         """One update on rollouts that lie in the object store; the first rank's report, which covers all."""
         calls = [rank.update.remote(step, advantages, *batches) for rank in self.ranks]
-        return self._all(calls, f"updating at step {step}")[0]
+        return self._all(calls, f"updating at step {step}", self.meanwhile)[0]
 
     def save(self, location: str) -> None:
         """Write the ranks' state into the directory `location`, which exists."""
@@ -73,12 +75,17 @@ class LearnerGroup:
             kill(rank)
         self.ranks = []
 
-    def _all(self, refs: list[ObjectRef], doing: str) -> list[Any]:
+    def _all(self, refs: list[ObjectRef], doing: str, meanwhile: Callable[[], None] | None = None) -> list[Any]:
         """Results of all ranks. The first failure ends the wait: the others hang in a collective then."""
         deadline = time.monotonic() + self.spec.timeout
         pending = list(refs)
         while pending:
-            ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            left = max(0.0, deadline - time.monotonic())
+            timeout = left if meanwhile is None else min(left, MEANWHILE_SECONDS)
+            ready, pending = ray.wait(pending, num_returns=1, timeout=timeout)
+            if not ready and meanwhile is not None and left > 0:
+                meanwhile()
+                continue
             if not ready:
                 late = refs.index(pending[0])
                 raise LearnerLost(f"{self.name(late)} did not answer within {self.spec.timeout:.0f} s while {doing}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 from thornback.actors.supervision import Home, Restarts, is_lost, kill, original_error
 from thornback.contracts import ActorLost
 
+LOST_CALL = object()
 MAX_LOSSES = 2  # work that was lost more often than this takes its actors down by itself
 
 
@@ -29,15 +30,22 @@ class _Slot:
 
 
 @dataclass(slots=True)
-class _Call:
+class Flight:
     """One piece of work, and how often it was lost. `refs` are its returns while it runs, `deadline` its end."""
 
     index: int
     args: tuple
     losses: int = 0
     slot: _Slot | None = None
+    actor: ActorHandle | None = None  # that got it; the slot may have another one since
     refs: list[ObjectRef] = field(default_factory=list)
     deadline: float = 0.0
+
+    @property
+    def number(self) -> int:
+        """Of the actor that got it."""
+        assert self.slot is not None
+        return self.slot.number
 
 
 class ActorPool:
@@ -93,10 +101,10 @@ class ActorPool:
         Of a method with several returns the last is fetched and the others stay references. `doing` says what
         the work is, for messages.
         """
-        todo = deque(_Call(index, tuple(args)) for index, args in enumerate(calls))
+        todo = deque(Flight(index, tuple(args)) for index, args in enumerate(calls))
         results: list[Any] = [None] * len(todo)
         idle = deque(self._slots)
-        flying: dict[ObjectRef, _Call] = {}
+        flying: dict[ObjectRef, Flight] = {}
         while todo or flying:
             while todo and idle:
                 call = todo.popleft()
@@ -119,7 +127,7 @@ class ActorPool:
         `catch_up` must lead to the same state as the call."""
         flying = {}
         for slot in self._slots:
-            call = _Call(slot.number, args)
+            call = Flight(slot.number, args)
             self._send(call, slot, method)
             flying[call.refs[-1]] = call
         results: list[Any] = [None] * len(flying)
@@ -130,23 +138,43 @@ class ActorPool:
             if problem is not None and done.slot is not None:
                 self._replace(done.slot, f"{self._name(done.slot)} {problem} while {doing}")
 
+    # Calls that are not waited for
+
+    def send(self, number: int, method: str, *args: Any) -> Flight:
+        """Call a method of actor `number`, after what it was sent before."""
+        flight = Flight(number, args)
+        self._send(flight, self._slots[number], method)
+        return flight
+
+    def landed(self, flight: Flight, doing: str) -> Any:
+        """What a call that has ended, or is past its deadline, has returned; as `map` returns it. `LOST_CALL` where
+        its actor is lost: then it has been replaced. Raises what the actor raised."""
+        assert flight.slot is not None
+        results: list[Any] = [None]
+        problem = self._collect(replace(flight, index=0), results)
+        if problem is None:
+            return results[0]
+        if flight.actor is flight.slot.actor:
+            self._replace(flight.slot, f"{self._name(flight.slot)} {problem} while {doing}")
+        return LOST_CALL
+
     def shutdown(self) -> None:
         for slot in self._slots:
             kill(slot.actor)
 
-    def _send(self, call: _Call, slot: _Slot, method: str) -> None:
+    def _send(self, call: Flight, slot: _Slot, method: str) -> None:
         refs = getattr(slot.actor, method).remote(*call.args)
         call.refs = refs if isinstance(refs, list) else [refs]
-        call.slot = slot
+        call.slot, call.actor = slot, slot.actor
         call.deadline = time.monotonic() + self.timeout
 
-    def _next_done(self, flying: dict[ObjectRef, _Call]) -> _Call:
+    def _next_done(self, flying: dict[ObjectRef, Flight]) -> Flight:
         """The next call that has ended, or the first that is past its deadline."""
         first = min(flying.values(), key=lambda call: call.deadline)
         ready, _ = ray.wait(list(flying), num_returns=1, timeout=max(0.0, first.deadline - time.monotonic()))
         return flying[ready[0]] if ready else first
 
-    def _collect(self, call: _Call, results: list[Any]) -> str | None:
+    def _collect(self, call: Flight, results: list[Any]) -> str | None:
         """Store a call's result, or say how it was lost; raises what the actor raised."""
         *bulk, last = call.refs
         try:

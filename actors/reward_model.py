@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -49,6 +49,23 @@ class RewardTable:
             texts=tuple(text for t in tables for text in t.texts),
         )
 
+    def split(self, counts: Sequence[int]) -> list[RewardTable]:
+        """The inverse of `concat`, for so many rows each. What failed, and how long it took, stays with the first."""
+        ends = np.cumsum(counts)
+        return [
+            replace(
+                self,
+                rewards={name: values[end - n : end] for name, values in self.rewards.items()},
+                correct=self.correct[end - n : end],
+                lengths=self.lengths[end - n : end],
+                truncated=self.truncated[end - n : end],
+                num_calls=self.num_calls[end - n : end],
+                failures=self.failures if i == 0 else {},
+                texts=self.texts[end - n : end],
+            )
+            for i, (n, end) in enumerate(zip(counts, ends.tolist(), strict=True))
+        ]
+
 
 def _added(parts: Iterable[Mapping[str, tuple[int, str]]]) -> dict[str, tuple[int, str]]:
     """Counts by cause, each with its first prompt."""
@@ -89,6 +106,11 @@ class RewardModelCore:
             seconds=time.perf_counter() - started,
             texts=tuple(c.text for c in completions) if with_texts else (),
         )
+
+    def score_each(self, prompts: Sequence[tuple[Prompt, ...]], *batches: RolloutBatch) -> list[RewardTable]:
+        """Judge several batches at once, each with its prompts."""
+        whole = self.score(RolloutBatch.concat(batches), tuple(prompt for of in prompts for prompt in of))
+        return whole.split([len(batch) for batch in batches])
 
     def completions(self, batch: RolloutBatch, prompts: tuple[Prompt, ...]) -> list[Completion]:
         """The rollouts as text. Sample 0 begins a prompt's group."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +21,7 @@ from thornback.actors.supervision import Home, use_threads
 from thornback.contracts import (
     CACHED_VERSION,
     FINISH_REASONS,
+    InFlight,
     Prompt,
     RolloutBatch,
     SamplingParams,
@@ -52,6 +53,11 @@ class PromptShard:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def piece(self, start: int, end: int) -> PromptShard:
+        """Prompts `start` to `end` of it."""
+        here = slice(start, end)
+        return PromptShard(self.keys[here], self.token_ids[here], self.seeds[here], self.trajectories[here])
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationReport:
@@ -61,6 +67,17 @@ class GenerationReport:
     num_tokens: int
     seconds: float
     speculation: SpeculationStats | None = None
+    failures: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport:
+    """Which group is done (None: none is), the version that drew each of its rollouts' first token
+    (`CACHED_VERSION`: none did), tokens drawn, and how many environments failed, by cause."""
+
+    number: int | None = None
+    versions: tuple[int, ...] = ()
+    num_tokens: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -84,6 +101,8 @@ class RolloutWorkerCore:
         self.player = GroupPlayer(self.engine)
         if self.spec.episodes is not None:
             self.player = EpisodePlayer(self.engine, self.spec.episodes, load_tokenizer(model))
+        self._ahead: dict[str, tuple[int, PromptShard]] = {}  # groups that `advance` goes on with, by name
+        self._ended: deque[Group] = deque()  # of those, not handed out yet
         self.version = 0
         gc.freeze()  # what is loaded by now stays: going through it at every collection costs 5% of a rollout
         return Home.here()
@@ -109,11 +128,48 @@ class RolloutWorkerCore:
         names = self._begin([f"now/{i}" for i in range(len(shard))], shard, sampling, prompts)
         groups = self.player.take(names)
         batch = make_batch(shard, groups)
-        num_tokens = int(((batch.versions != CACHED_VERSION) & (batch.loss_mask > 0)).sum())
+        num_tokens = _num_tokens(batch)
         after = self.engine.load().speculation
         drafted = after.since(before) if after is not None and before is not None else None
         failures = sum((group.failures for group in groups), Counter())
         return batch, GenerationReport(num_tokens, time.perf_counter() - started, drafted, failures)
+
+    # Rollouts that run ahead of the learner
+
+    @ray.method(num_returns=2)
+    def advance(
+        self,
+        begin: tuple[int, ...],
+        shard: PromptShard,
+        sampling: SamplingParams,
+        prompts: tuple[Prompt, ...],
+        seconds: float,
+    ) -> tuple[RolloutBatch | None, GroupReport]:
+        """Begin the groups of a shard, numbered `begin`, and go on with all that were begun, until one is done or
+        `seconds` are over. Returns the rollouts of one that is done, if there is one."""
+        until = time.monotonic() + seconds
+        for number, i in zip(begin, range(len(shard)), strict=True):
+            self._ahead[f"ahead/{number}"] = (number, shard.piece(i, i + 1))
+        self._begin([f"ahead/{number}" for number in begin], shard, sampling, prompts)
+        while not self._ended and self._ahead:
+            self.player.step(patience=max(0.0, until - time.monotonic()))
+            self._ended.extend(self.player.finished())
+            if time.monotonic() >= until:
+                break
+        if not self._ended:
+            return None, GroupReport()
+        group = self._ended.popleft()
+        number, of = self._ahead.pop(group.name)
+        batch = make_batch(of, [group])
+        return batch, GroupReport(number, _first_versions(batch), _num_tokens(batch), dict(group.failures))
+
+    def drop(self, numbers: tuple[int, ...] | None = None) -> None:
+        """Give groups that were begun up; None: all of them."""
+        names = list(self._ahead) if numbers is None else [f"ahead/{number}" for number in numbers]
+        self.player.drop(names)
+        self._ended = deque(group for group in self._ended if group.name not in names)
+        for name in names:
+            self._ahead.pop(name, None)
 
     def _begin(
         self, names: list[str], shard: PromptShard, sampling: SamplingParams, prompts: tuple[Prompt, ...]
@@ -130,9 +186,11 @@ class RolloutWorkerCore:
             raise
         return names
 
-    def load_weights(self, buffer: np.ndarray, index: tuple[TensorSpec, ...], version: int) -> None:
+    def load_weights(
+        self, buffer: np.ndarray, index: tuple[TensorSpec, ...], version: int, in_flight: InFlight = "finish"
+    ) -> None:
         """Map published weights: on CPU the parameters become views of `buffer`, which is mapped, not copied."""
-        self.engine.load_weights(WeightView(buffer, index), version)
+        self.engine.load_weights(WeightView(buffer, index), version, in_flight)
         self.version = version
 
     # What guesses come from
@@ -165,6 +223,15 @@ class RolloutWorkerCore:
     def save_memory(self, location: str) -> None:
         """Write what `recall` reads."""
         self.memory.save(location)
+
+
+def _num_tokens(batch: RolloutBatch) -> int:
+    """Those that the policy drew."""
+    return int(((batch.versions != CACHED_VERSION) & (batch.loss_mask > 0)).sum())
+
+
+def _first_versions(batch: RolloutBatch) -> tuple[int, ...]:
+    return tuple(int(batch.versions[start]) for start in batch.response_offsets[:-1])
 
 
 def make_batch(shard: PromptShard, groups: Sequence[Group]) -> RolloutBatch:

@@ -1,9 +1,10 @@
 """Do DVAO's advantages give a better Pareto front than combined rewards or advantages (arXiv 2605.25604, papers.md)?
 
-On three tasks, each with two rewards, models that are warmed up once per task and seed are trained by reward
-combination, advantage combination, GDPO, DVAO, and anchored DVAO (ours), at w1 in {.1, .5, .9}; and on either reward
-alone by GRPO. All methods share models, prompts, seeds and number of steps, so that seeds are pairs. Each has the
-learning rate of three that served it best at equal weights, on seeds of their own (the product of both rewards).
+On three tasks, each with two rewards (on two of them at odds: right answers cost tokens, or searches), models that are
+warmed up once per task and seed are trained in groups of 16, the paper's, by reward combination, advantage combination,
+GDPO, DVAO, and anchored DVAO (ours), at w1 in {.1, .5, .9}; and on either reward alone by GRPO. All methods share
+models, prompts, seeds and number of steps, so that seeds are pairs. Each has the learning rate of the task's that
+served it best at equal weights, on seeds of their own (the product of both rewards).
 
 A run is the point of its two rewards on held-out prompts, sampled at temperature 1 after the last step. A method's
 front is that of its three points; `hypervolume` is the area that it dominates above (0, 0). For each task the baseline
@@ -53,6 +54,13 @@ METHODS = (*BASELINES, "dvao", "anchored_dvao")
 WEIGHTS = (0.1, 0.5, 0.9)
 SEEDS = 8
 STEPS = 60  # in which each prompt is met once
+OUR_REWARDS = {name: {"function": f"benchmarks.dvao:{name}"} for name in ("frugality", "noise")}
+SAMPLES = 16  # rollouts a prompt
+
+
+def frugality(completion: Completion) -> float:
+    """1 for no search, 0 for four and more: each costs the same, whether it was needed or not."""
+    return max(0.0, 1.0 - completion.num_calls / 4)
 
 
 def noise(completion: Completion) -> float:
@@ -66,7 +74,7 @@ def hash_of(text: str) -> int:
 
 
 def experiment(
-    labels: dict[str, Any], model: WarmUp, steps: int, learning_rate: float, samples: int = 8, **sections: Any
+    labels: dict[str, Any], model: WarmUp, steps: int, learning_rate: float, samples: int = SAMPLES, **sections: Any
 ) -> Experiment:
     """A run of `labels`' task and seed, from `model`; `sections` of a recipe tell how it learns."""
     how = recipe(labels["task"], labels["seed"], steps, learning_rate, samples, evaluations=3, **sections)
@@ -75,14 +83,19 @@ def experiment(
 
 def learns(task: str, method: str, w1: float) -> dict[str, Any]:
     """A recipe's sections that make the method, on the task's two rewards."""
-    first, second = TASKS[task]["rewards"]
     anchors = {"anchors": {"drop_solved": False, "drop_unsolved": False, "num_rollouts": 4}}
     return {
-        "rewards": {first: {"weight": w1}, second: {"weight": 1.0 - w1}},
+        "rewards": weighted(task, w1),
         # Of rewards combined, one of which has no weight, GRPO on the other remains.
         "algorithm": {"estimator": "reward_combination" if method == "grpo" else method},
         **(anchors if method == "anchored_dvao" else {}),
     }
+
+
+def weighted(task: str, w1: float) -> dict[str, dict[str, Any]]:
+    """A recipe's section on the task's two rewards."""
+    weights = zip(TASKS[task]["rewards"], (w1, 1.0 - w1), strict=True)
+    return {name: {"weight": weight, **OUR_REWARDS.get(name, {})} for name, weight in weights}
 
 
 def learning_rates(outcomes: Outcomes, say: Callable[[str], None]) -> dict[tuple[str, str], float]:
@@ -106,7 +119,7 @@ def experiments(rates: Mapping[tuple[str, str], float], quick: bool) -> list[Exp
         for seed in seeds:
             model = start(task, seed, quick)
 
-            def add(method: str, w1: float, control: str = "", samples: int = 8, **sections: Any) -> None:
+            def add(method: str, w1: float, control: str = "", samples: int = SAMPLES, **sections: Any) -> None:
                 labels = {"task": task, "method": method, "w1": w1, "seed": seed, "control": control}  # noqa: B023
                 rate = rates[task, "reward_combination" if method == "grpo" else method]  # noqa: B023
                 how = learns(task, method, w1) | sections  # noqa: B023
@@ -117,8 +130,7 @@ def experiments(rates: Mapping[tuple[str, str], float], quick: bool) -> list[Exp
                     add(method, w1)
             for w1 in (0.0, 1.0):
                 add("grpo", w1)
-            equal = {name: {"weight": 0.5} for name in TASKS[task]["rewards"]}
-            noisy = {"rewards": {**equal, "noise": {"weight": 0.5, "function": "benchmarks.dvao:noise"}}}
+            noisy = {"rewards": {**weighted(task, 0.5), "noise": {"weight": 0.5, **OUR_REWARDS["noise"]}}}
             for method in ("reward_combination", "dvao"):
                 add(method, 0.5, "noise", **noisy)
                 add(method, 0.5, "groups of 4", samples=4)

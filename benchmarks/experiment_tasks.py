@@ -19,7 +19,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "task": {"name": "arithmetic", "options": {"num_train": PROMPTS, "budget": 12, "margin": 24}},
         "warm_start": {"steps": 500, "options": {"direct": 0.3, "wrong_column": 0.12}},
         "max_tokens": 48,
-        "rates": (5e-5, 1e-4, 2e-4),
+        "rates": (2.5e-5, 5e-5, 1e-4, 2e-4),
     },
     "tools": {
         "rewards": ("arguments", "format"),
@@ -27,10 +27,11 @@ TASKS: dict[str, dict[str, Any]] = {
         "task": {"name": "tools", "options": {"num_train": PROMPTS, "max_calls": 1, "num_tools": 2}},
         "warm_start": {"steps": 500},
         "max_tokens": 48,
-        "rates": (1e-4, 2e-4, 4e-4),
+        "rates": (1e-4, 2e-4, 4e-4, 8e-4),
     },
     "multihop": {
-        "rewards": ("answer", "format"),
+        # An answer wants two searches, and each costs.
+        "rewards": ("answer", "frugality"),
         "model": {"build": {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 168}},
         "task": {"name": "multihop", "options": {"num_train": PROMPTS, "top_k": 2, "max_hops": 2}},
         "warm_start": {

@@ -6,6 +6,7 @@ A run trains in one process with the classes that the actors are made of, in the
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -198,6 +199,8 @@ def train(settings: Mapping[str, Any], model: str, running_baseline: bool = Fals
     """One run from `model`, on one thread. Returns `steps`, what each step measured; `evaluations`, of the policy after
     so many steps on held-out prompts; `num_rollouts` that were trained on, and `num_reference_rollouts` before."""
     began = time.monotonic()
+    gc.unfreeze()  # a rollout worker freezes what is loaded, since it stays for good: here it goes with its run
+    gc.collect()
     config = make_config({**settings, "model": {"path": model}})
     run = _Run(config, model, running_baseline)
     evaluations, steps = [run.evaluate(0)], []

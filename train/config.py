@@ -79,6 +79,11 @@ class RunConfig(Section):
                 f"rollout.speculate: the engine {self.rollout.engine} does not speculate; take rollout.engine=torch, "
                 "or set rollout.speculate=off"
             )
+        if self.rollout.speculate != "off" and self.rollout.max_staleness:
+            raise ValueError(
+                "rollout.max_staleness: rollouts that run ahead are not guessed; take rollout.max_staleness=0, or set "
+                "rollout.speculate=off"
+            )
         if self.rollout.engine in ("torch", "auto"):
             for name in self.rollout.engine_options:
                 if name not in ENGINE_SIZES:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from ray import ObjectRef
@@ -46,6 +47,12 @@ class Rollouts:
     pieces: tuple[PromptBatch, ...]
     batches: tuple[ObjectRef, ...]
     reports: tuple[GenerationReport, ...]
+    ahead: Mapping[str, float] = field(default_factory=dict)  # metrics of rollouts that run ahead
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The prompts', in order."""
+        return tuple(key for piece in self.pieces for key in piece.shard.keys)
 
     @property
     def num_tokens(self) -> int:
@@ -144,9 +151,13 @@ class Crew:
         calls = [(piece.shard, sampling, version, piece.prompts if self.episodes else ()) for piece in pieces]
         done = self.workers.map("generate", calls, f"generating rollouts of {doing}")
         rollouts = Rollouts(pieces, tuple(ref for ref, _ in done), tuple(report for _, report in done))
-        share = self.config.environment.max_failed_share
-        check_environments(rollouts.failures, len(prompts.prompts) * sampling.n, share, doing)
+        self.check_environments(rollouts, sampling.n, doing)
         return rollouts
+
+    def check_environments(self, rollouts: Rollouts, samples_per_prompt: int, doing: str) -> None:
+        """Raise `EnvironmentFailed` where those of too many rollouts failed."""
+        share = self.config.environment.max_failed_share
+        check_environments(rollouts.failures, len(rollouts.keys) * samples_per_prompt, share, doing)
 
     def remember(self, rollouts: Rollouts, doing: str) -> None:
         """Where rollouts are guessed: guess later ones from these too. Workers sort them while others work."""
@@ -180,7 +191,11 @@ class Crew:
         """Judge rollouts; only the table comes here. Raises `RewardError` where too many rewards fail."""
         pairs = zip(rollouts.batches, rollouts.pieces, strict=True)
         calls = [(batch, piece.prompts, with_texts) for batch, piece in pairs]
-        table = RewardTable.concat(self.judges.map("score", calls, f"judging rollouts of {doing}"))
+        return self.judged(self.judges.map("score", calls, f"judging rollouts of {doing}"))
+
+    def judged(self, tables: list[RewardTable]) -> RewardTable:
+        """Tables as one; raises `RewardError` where too many rewards failed."""
+        table = RewardTable.concat(tables)
         check_failures(table.failures, len(table.lengths), self.config.scoring.max_failed_share)
         return table
 
@@ -192,13 +207,14 @@ class Crew:
     def publish(self, version: int) -> float:
         """Bring the learner's weights, as `version`, to every worker; returns the seconds that it took."""
         started = time.perf_counter()
-        weights = self._publish(version)
+        weights = self.make_public(version)
         self.workers.broadcast(
             "load_weights", (weights.buffer, weights.index, version), f"loading weights of version {version}"
         )
         return time.perf_counter() - started
 
-    def _publish(self, version: int) -> PublishedWeights:
+    def make_public(self, version: int) -> PublishedWeights:
+        """Put the learner's weights, as `version`, where workers can map them; nobody is told."""
         assert self.learner is not None
         call = (self.learner.ranks, version, 0.9 * self.config.run.timeout_seconds)
         self._published = self.store.map("publish", [call], f"publishing version {version}")[0]
@@ -231,7 +247,7 @@ class Crew:
             return None
         weights = self.store.map("latest", [()], "looking up the latest weights")[0]
         if weights is None or weights.version != self._published.version:
-            weights = self._publish(self._published.version)
+            weights = self.make_public(self._published.version)
         return weights
 
     def shutdown(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from thornback.actors import DataLost, Restarts, RewardTable, UpdateReport
 from thornback.contracts import Anchor
 from thornback.data import read_anchors
+from thornback.train.ahead import RolloutsAhead
 from thornback.train.checkpoint import Checkpoints
 from thornback.train.config import RunConfig
 from thornback.train.crew import Crew, Rollouts, sampling_of
@@ -70,6 +71,11 @@ class Loop:
         self.sampling = sampling_of(self.config)
         self.first_anchors = self.anchors
         self.anchors_file: str | None = None  # of anchors that were estimated again
+        self.ahead: RolloutsAhead | None = None
+        if self.config.rollout.max_staleness:
+            self.ahead = RolloutsAhead(self.config, self.crew, self.prompts, self.sampling)
+            assert self.crew.learner is not None
+            self.crew.learner.meanwhile = self.ahead.pump
 
     def train(self) -> int:
         """Go on from the latest checkpoint to the last step, or to an interruption; returns the steps done."""
@@ -95,23 +101,37 @@ class Loop:
     def step(self, step: int) -> dict[str, float]:
         """One batch: prompts, rollouts, rewards, advantages, update, and the new weights to every worker."""
         clock, crew, doing = self.clock, self.crew, f"step {step + 1}"
-        prompts = self.prompts.batch(step, self.anchors)
-        with clock.phase("rollout"):
-            rollouts = crew.generate(prompts, self.sampling, version=step, doing=doing)
-        with clock.phase("reward"):
-            table = crew.score(rollouts, doing)
+        rollouts, table = self.answers(step, doing)
         crew.remember(rollouts, doing)
         with clock.phase("advantage"):
-            advantages = self.objective.advantages(table, self.sampling.n, prompts.shard.keys, self.anchors)
+            advantages = self.objective.advantages(table, self.sampling.n, rollouts.keys, self.anchors)
         with clock.phase("update"):
             report = crew.update(rollouts, advantages.values, step)
         with clock.phase("sync"):
-            crew.publish(version=step + 1)
+            self.publish(version=step + 1)
         drafted = self.refresh_draft_if_due(step + 1, doing)
         self.keep_rollouts(step + 1, rollouts, table)
         self.refresh_anchors_if_due(step + 1)
         learned = reward_metrics(table) | advantages.metrics | report.metrics | drafted
         return learned | self.sizes(table, report, rollouts)
+
+    def answers(self, step: int, doing: str) -> tuple[Rollouts, RewardTable]:
+        """A step's rollouts, judged: made now, or those that have run ahead."""
+        if self.ahead is not None:
+            with self.clock.phase("rollout"):
+                return self.ahead.take(step, doing)
+        prompts = self.prompts.batch(step, self.anchors)
+        with self.clock.phase("rollout"):
+            rollouts = self.crew.generate(prompts, self.sampling, version=step, doing=doing)
+        with self.clock.phase("reward"):
+            return rollouts, self.crew.score(rollouts, doing)
+
+    def publish(self, version: int) -> None:
+        """New weights for every worker: at once, or as soon as it listens."""
+        if self.ahead is None:
+            self.crew.publish(version)
+        else:
+            self.ahead.tell(self.crew.make_public(version))
 
     def resume(self) -> int:
         """Start the learner from the latest checkpoint, or from the beginning; returns the steps that it has behind
@@ -136,7 +156,11 @@ class Loop:
         self.crew.recall(checkpoint)
         self.run.rewind(step)
         self.clock.take()
+        if self.ahead is not None:
+            self.ahead.stop()
         self.crew.publish(version=step)
+        if self.ahead is not None:
+            self.ahead.start(checkpoint.state.get("ahead") if checkpoint else None, self.anchors, step)
         return step
 
     def evaluate_if_due(self, step: int) -> None:
@@ -162,6 +186,8 @@ class Loop:
         with self.clock.phase("anchors"):
             self.anchors_file = f"anchors-step-{step}.parquet"
             self.anchors = self.refresh(step, self.anchors_file)
+        if self.ahead is not None:
+            self.ahead.use(self.anchors)
         self.run.event("anchors", f"estimated the anchors again with the policy after step {step}")
 
     def keep_rollouts(self, step: int, rollouts: Rollouts, table: RewardTable) -> None:
@@ -180,7 +206,8 @@ class Loop:
         failed: dict[str, float] = {"rollout/failed_environments": failures.total()} if failures else {}
         if table.failures:
             failed["reward/failed"] = sum(count for count, _ in table.failures.values())
-        return {"num_rollouts": len(table.lengths), "tokens": rollouts.num_tokens, **rollouts.speculation, **failed}
+        sizes = {"num_rollouts": len(table.lengths), "tokens": rollouts.num_tokens}
+        return sizes | rollouts.speculation | dict(rollouts.ahead) | failed
 
     def record(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
         """One row of metrics.jsonl; what is not a number is left out. Evaluation and checkpoint of the steps before
@@ -195,5 +222,6 @@ class Loop:
         """A checkpoint after `step` steps."""
         with self.clock.phase("checkpoint"):
             self.run.flush()
-            location = self.checkpoints.save(step, {"anchors": self.anchors_file}, self.crew.save)
+            state = {"anchors": self.anchors_file, "ahead": self.ahead.state() if self.ahead is not None else None}
+            location = self.checkpoints.save(step, state, self.crew.save)
             self.crew.rely_on(location)

@@ -41,13 +41,19 @@ class PromptBatch:
         return [self._piece(int(p[0]), int(p[-1]) + 1) for p in pieces]
 
     def _piece(self, start: int, end: int) -> PromptBatch:
-        shard = PromptShard(
-            self.shard.keys[start:end],
-            self.shard.token_ids[start:end],
-            self.shard.seeds[start:end],
-            self.shard.trajectories[start:end],
+        return PromptBatch(self.prompts[start:end], self.shard.piece(start, end))
+
+    @classmethod
+    def concat(cls, batches: Sequence[PromptBatch]) -> PromptBatch:
+        """Batches end to end."""
+        shards = [batch.shard for batch in batches]
+        whole = PromptShard(
+            *(
+                tuple(value for shard in shards for value in getattr(shard, name))
+                for name in ("keys", "token_ids", "seeds", "trajectories")
+            )
         )
-        return PromptBatch(self.prompts[start:end], shard)
+        return cls(tuple(prompt for batch in batches for prompt in batch.prompts), whole)
 
 
 def make_prompt_batch(
@@ -70,15 +76,20 @@ class PromptSource:
     def __init__(self, prompts: Sequence[TokenizedPrompt], seed: int, per_step: int, shuffle: bool = True) -> None:
         self.prompts = list(prompts)
         self._seed = seed
-        self._per_step = per_step
+        self.per_step = per_step
         self._shuffle = shuffle
         self._order: tuple[int, np.ndarray] | None = None
 
     def batch(self, step: int, anchors: Mapping[str, Anchor] | None = None) -> PromptBatch:
         """The prompts of step `step`, counted from 0. A prompt's seed depends on the run's seed, its key and the
         epoch, so that it is answered anew each time that it comes."""
+        positions = range(step * self.per_step, (step + 1) * self.per_step)
+        return self.at(positions, anchors)
+
+    def at(self, positions: Sequence[int], anchors: Mapping[str, Anchor] | None = None) -> PromptBatch:
+        """The prompts at these positions of the stream."""
         chosen, seeds = [], []
-        for position in range(step * self._per_step, (step + 1) * self._per_step):
+        for position in positions:
             epoch, place = divmod(position, len(self.prompts))
             prompt = self.prompts[self._order_of(epoch)[place]]
             chosen.append(prompt)

@@ -146,6 +146,18 @@ class RasdConstants(Section):
     """GPUs that Ray sets aside for the actor that refreshes the head; a fraction lets it share one."""
 
 
+class AheadConstants(Section):
+    """Rollouts that run ahead of the learner, where `max_staleness` is above 0 (docs/async.md)."""
+
+    late: Literal["drop", "correct"] = "drop"
+    """Rollouts that would be trained by weights further from those that they began with than `max_staleness`: begin
+    them again; or train on them, with the weights of `importance_cap` that correct for all that are not fresh."""
+    in_flight: Literal["keep", "recompute"] = "keep"
+    """Unfinished rollouts go on under new weights: with the keys and values that they have, or with new ones."""
+    seconds: PositiveFloat = 0.2
+    """New weights wait at most about three times so long for a worker to listen."""
+
+
 class RolloutSection(Section):
     """Generation."""
 
@@ -177,6 +189,11 @@ class RolloutSection(Section):
     """Keep tokens above this share of the likeliest; above 0 needs `allow_truncation`."""
     allow_truncation: bool = False
     """Accept that truncated sampling draws from another distribution than the one that is trained."""
+    max_staleness: NonNegativeInt = 0
+    """How many versions the learner may be ahead of the weights that a rollout began with. 0: each step waits for its
+    own rollouts, and repeats itself exactly; above 0 rollouts run beside the updates."""
+    ahead: AheadConstants = AheadConstants()
+    """Constants of rollouts that run ahead."""
     speculate: Literal["off", "rasd"] = "off"
     """rasd: verify guesses from earlier rollouts of the same prompts, which gives the same tokens in fewer passes."""
     rasd: RasdConstants = RasdConstants()
