@@ -10,6 +10,7 @@ from thornback.train.checkpoint import Checkpoints
 from thornback.train.config import RunConfig
 from thornback.train.crew import Crew
 from thornback.train.evaluation import Evaluator
+from thornback.train.gauges import Gauges
 from thornback.train.loop import Loop
 from thornback.train.objective import Objective
 from thornback.train.presampling import anchors_for, refreshed_anchors, worth_training
@@ -67,16 +68,17 @@ def train_in(session: Session, objective: Objective) -> int:
 
 
 def show(loop: Loop, run: RunDirectory, total_steps: int) -> int:
-    """Train, with a progress bar and TensorBoard files; returns the steps done."""
+    """Train, with a progress bar, TensorBoard files and gauges; returns the steps done."""
     latest = loop.checkpoints.latest()
     start_step = latest.step if latest else 0
-    board = TensorBoard(run, start_step)
+    board, gauges = TensorBoard(run, start_step), Gauges(loop.config.run.name)
     try:
         with ProgressBar(total_steps, start_step) as bar:
 
             def on_step(metrics: Mapping[str, Any]) -> None:
                 bar.update(metrics)
                 board.update(metrics)
+                gauges.update(metrics)
 
             loop.on_step = on_step
             return loop.train()

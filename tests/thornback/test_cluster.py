@@ -21,7 +21,7 @@ import ray
 import yaml
 
 from tests.serve.conftest import make_byte_model
-from tests.thornback.test_submit import free_ports, quiet_environment, run_in, wait_for
+from tests.thornback.test_submit import ROOT, free_ports, quiet_environment, run_in, wait_for
 from tests.train.tiny_run import events
 
 STEPS = 300
@@ -52,8 +52,15 @@ RECIPE = {
     "run": {"steps": STEPS, "timeout_seconds": 120, "save_rollouts": True},
     "model": {"build": {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}},
     "data": {"prompts_per_step": 4},
-    "algorithm": {"estimator": "dvao"},
-    "rollout": {"samples_per_prompt": 4, "max_tokens": 16, "num_workers": 2, "num_cpus": 1, "num_threads": 1},
+    "algorithm": {"estimator": "dvao", "kl_weight": 1e-3},
+    "rollout": {
+        "max_staleness": 1,
+        "samples_per_prompt": 4,
+        "max_tokens": 16,
+        "num_workers": 2,
+        "num_cpus": 1,
+        "num_threads": 1,
+    },
     "learner": {"num_cpus": 1, "num_threads": 1},
     "evaluation": {"every": 0},
     "checkpoint": {"every": 20},
@@ -66,7 +73,8 @@ class Head:
     def __init__(self, directory: Path) -> None:
         self.log = directory / "ray.log"
         self.directory = directory
-        gcs, dashboard, *others = free_ports(6)
+        gcs, dashboard, *others, metrics = free_ports(6)
+        self.metrics = f"http://127.0.0.1:{metrics}/metrics"
         self.gcs, self.address = f"{ray.util.get_node_ip_address()}:{gcs}", f"http://127.0.0.1:{dashboard}"
         config = directory / "autoscaler.yaml"
         provider = {"type": "fake_multinode", "gcs_address": self.gcs, **dict.fromkeys(SAME_MACHINE, True)}
@@ -77,16 +85,12 @@ class Head:
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_FAKE_CLUSTER": "1",
         }
-        names = (
-            "--dashboard-agent-listen-port",
-            "--ray-client-server-port",
-            "--metrics-export-port",
-            "--runtime-env-agent-port",
-        )
+        names = ("--dashboard-agent-listen-port", "--ray-client-server-port", "--runtime-env-agent-port")
         self.process = subprocess.Popen(
             [
                 *(bin_directory / "ray", "start", "--head", "--block", "--num-cpus", "0", "--disable-usage-stats"),
                 *("--autoscaling-config", config, "--port", gcs, "--dashboard-port", dashboard),
+                *("--metrics-export-port", metrics),
                 *("--object-store-memory", "200000000", "--temp-dir", directory / "r"),
                 *(part for pair in zip(names, others, strict=True) for part in pair),
             ],
@@ -151,6 +155,24 @@ def head(tmp_path_factory):
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def exported(url: str) -> str:
+    """Ray's Prometheus page, once a run's figures are on it."""
+    page = httpx.get(url, trust_env=False, timeout=10).text
+    return page if 'metric="tokens_per_second"' in page else ""
+
+
+def check_dashboard(page: str) -> None:
+    """What the dashboard of training asks for is on Ray's Prometheus page."""
+    shown = set(re.findall(r'ray_thornback_training{[^}]*metric="([^"]+)"', page))
+    panels = json.loads((ROOT / "deploy" / "grafana-training.json").read_text())["panels"]
+    asked = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    ours = [re.search(r'metric(=~?)"([^"]+)"', text) for text in asked if "ray_thornback_training" in text]
+    assert len(ours) > 8
+    for how, what in (match.groups() for match in ours if match):
+        pattern = what if how == "=~" else re.escape(what)
+        assert any(re.fullmatch(pattern, name) for name in shown), f"{what} is not among {sorted(shown)}"
+
+
 class Client(threading.Thread):
     """Asks again and again, and notes what does not answer."""
 
@@ -210,6 +232,7 @@ def test_a_node_is_lost_under_training_and_serving(head, tmp_path):
             return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
         until(lambda: steps() >= 7, 200, f"the job did not get going: {submitted.stdout}")
+        check_dashboard(until(lambda: exported(head.metrics), 60, "the run shows no metrics"))
         nodes = head.nodes()
         assert len(nodes) > alone, "the cluster did not grow for the job"
         started = [e["message"] for e in events(run) if e["kind"] == "actor_started"]
