@@ -26,10 +26,11 @@ class _Slot:
     number: int
     actor: ActorHandle
     setup: ObjectRef
-    home: Home | None = None
+    home: Home | None = None  # None: it is not ready
+    lost_at: float | None = None  # when the actor before it was
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Flight:
     """One piece of work, and how often it was lost. `refs` are its returns while it runs, `deadline` its end."""
 
@@ -88,12 +89,47 @@ class ActorPool:
         """Where the actors live, once they are ready."""
         return [slot.home for slot in self._slots]
 
-    def wait_ready(self) -> None:
-        """Wait until every actor is set up, which began with the pool; raises what a set-up raised, or `ActorLost`."""
-        for slot in self._slots:
-            if slot.home is None:
+    def wait_ready(self, at_least: int | None = None) -> None:
+        """Wait until so many actors (None: all) are set up, which began with the pool; raises what a set-up raised, or
+        `ActorLost`. Others join when `admit` is called."""
+        if at_least is None:
+            for slot in self._slots:
+                if slot.home is None:
+                    self._finish_setup(slot)
+                    self._restarts.on_event("actor_started", f"{self._name(slot)} is ready")
+            return
+        deadline = time.monotonic() + self.timeout
+        while len(self.ready) < at_least:
+            self.admit(seconds=1.0)
+            if time.monotonic() > deadline:
+                raise ActorLost(
+                    f"No {self.role} was ready within {self.timeout:.0f} s (run.timeout_seconds); it may need "
+                    "resources that the cluster does not have."
+                )
+
+    @property
+    def ready(self) -> dict[int, ActorHandle]:
+        """The actors that are set up, by number."""
+        return {slot.number: slot.actor for slot in self._slots if slot.home is not None}
+
+    def admit(self, seconds: float = 0.0) -> None:
+        """Take in the actors that have been set up meanwhile, after at most so many seconds, and bring them to the
+        others' state. One that has died is started again."""
+        joining = {slot.setup: slot for slot in self._slots if slot.home is None}
+        done, _ = ray.wait(list(joining), num_returns=1, timeout=seconds) if joining else ([], [])
+        for slot in (joining[ref] for ref in done):
+            try:
                 self._finish_setup(slot)
+                for caught_up in self._catch_up(slot.actor):
+                    self._await(slot, caught_up, "catching up")
+            except ActorLost as loss:
+                slot.home = None
+                self._respawn(slot, str(loss).rstrip("."))
+                continue
+            if slot.lost_at is None:
                 self._restarts.on_event("actor_started", f"{self._name(slot)} is ready")
+            else:
+                self._tell_restart(slot, slot.lost_at)
 
     def map(self, method: str, calls: Sequence[tuple], doing: str) -> list[Any]:
         """Call `method(*args)` for each of `calls` on whichever actor is free; results in the order of `calls`.
@@ -103,9 +139,12 @@ class ActorPool:
         """
         todo = deque(Flight(index, tuple(args)) for index, args in enumerate(calls))
         results: list[Any] = [None] * len(todo)
-        idle = deque(self._slots)
+        idle = deque(slot for slot in self._slots if slot.home is not None)
         flying: dict[ObjectRef, Flight] = {}
         while todo or flying:
+            if not idle and not flying:
+                self.wait_ready(at_least=1)
+                idle.extend(slot for slot in self._slots if slot.home is not None)
             while todo and idle:
                 call = todo.popleft()
                 self._send(call, idle.popleft(), method)
@@ -126,11 +165,11 @@ class ActorPool:
         """Call `method(*args)` on every actor. One that is lost is replaced, and its replacement caught up:
         `catch_up` must lead to the same state as the call."""
         flying = {}
-        for slot in self._slots:
+        for slot in (slot for slot in self._slots if slot.home is not None):
             call = Flight(slot.number, args)
             self._send(call, slot, method)
             flying[call.refs[-1]] = call
-        results: list[Any] = [None] * len(flying)
+        results: list[Any] = [None] * len(self._slots)
         while flying:
             done = self._next_done(flying)
             del flying[done.refs[-1]]
@@ -148,14 +187,14 @@ class ActorPool:
 
     def landed(self, flight: Flight, doing: str) -> Any:
         """What a call that has ended, or is past its deadline, has returned; as `map` returns it. `LOST_CALL` where
-        its actor is lost: then it has been replaced. Raises what the actor raised."""
+        its actor is lost: then another one is on its way, which `admit` takes in. Raises what the actor raised."""
         assert flight.slot is not None
         results: list[Any] = [None]
         problem = self._collect(replace(flight, index=0), results)
         if problem is None:
             return results[0]
         if flight.actor is flight.slot.actor:
-            self._replace(flight.slot, f"{self._name(flight.slot)} {problem} while {doing}")
+            self._respawn(flight.slot, f"{self._name(flight.slot)} {problem} while {doing}")
         return LOST_CALL
 
     def shutdown(self) -> None:
@@ -191,15 +230,22 @@ class ActorPool:
     def _replace(self, slot: _Slot, what_happened: str, final: bool = False) -> None:
         if final:
             raise ActorLost(f"{what_happened}, {MAX_LOSSES + 1} times in a row; look for the cause in Ray's logs.")
-        self._restarts.spend(what_happened)
         started = time.monotonic()
-        kill(slot.actor)
-        slot.actor = self._spawn(slot.number)
-        slot.setup = slot.actor.setup.remote()
+        self._respawn(slot, what_happened)
         self._finish_setup(slot)
         for caught_up in self._catch_up(slot.actor):
             self._await(slot, caught_up, "catching up")
-        seconds = time.monotonic() - started
+        self._tell_restart(slot, started)
+
+    def _respawn(self, slot: _Slot, what_happened: str) -> None:
+        """Start another actor in a place; raises `ActorLost` where the budget of restarts is spent."""
+        self._restarts.spend(what_happened)
+        kill(slot.actor)
+        slot.actor, slot.home, slot.lost_at = self._spawn(slot.number), None, time.monotonic()
+        slot.setup = slot.actor.setup.remote()
+
+    def _tell_restart(self, slot: _Slot, lost_at: float) -> None:
+        seconds = time.monotonic() - lost_at
         self._restarts.on_event("actor_restarted", f"{self._name(slot)} takes over after {seconds:.1f} s")
 
     def _finish_setup(self, slot: _Slot) -> None:

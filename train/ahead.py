@@ -45,7 +45,6 @@ class _Worker:
     """What a worker has to do: groups to begin with the next call, and those that were begun, by number."""
 
     actor: ActorHandle
-    version: int = 0  # of the weights that it was told of
     to_begin: list[_Group] = field(default_factory=list)
     begun: dict[int, _Group] = field(default_factory=dict)
     calls: deque[Flight] = field(default_factory=deque)
@@ -68,7 +67,9 @@ class RolloutsAhead:
         self._end = config.run.steps * prompts.per_step  # what this run trains
         self._timeout = config.run.timeout_seconds
         self._with_prompts = crew.episodes is not None
-        self._workers: list[_Worker] = []
+        self._workers: dict[int, _Worker] = {}  # those that are ready, by number
+        self._waiting: list[_Group] = []  # for a worker
+        self._version = 0  # of the weights that workers are told of
         self._scoring: dict[int, tuple[Flight, list[_Group]]] = {}  # by judge
         self._anchors: Mapping[str, Anchor] | None = None
         self._next, self._number, self._num_late = 0, 0, 0
@@ -80,16 +81,15 @@ class RolloutsAhead:
 
     def start(self, state: Mapping[str, Any] | None, anchors: Mapping[str, Anchor] | None, version: int) -> None:
         """Begin, or go on from what `state` returned; all workers have weights of `version`, and nothing to do."""
-        self._workers = [_Worker(actor, version) for actor in self._crew.workers.actors]
-        self._anchors = anchors
+        self._version, self._anchors = version, anchors
         self._next = state["next"] if state else 0
-        for position in state["open"] if state else ():
-            self._hand_out(self._group_at(position))
+        self._waiting = [self._group_at(position) for position in (state["open"] if state else ())]
         self.pump()
 
     def stop(self) -> None:
         """Give up all that is under way; workers may take weights then that they would not take in between."""
-        self._workers, self._scoring, self._unjudged, self._ready = [], {}, [], []
+        self._workers, self._scoring = {}, {}
+        self._waiting, self._unjudged, self._ready = [], [], []
         self._num_late, self._oldest = 0, 0
         self._crew.workers.broadcast("drop", (), "giving up rollouts")
 
@@ -104,9 +104,9 @@ class RolloutsAhead:
     def tell(self, weights: PublishedWeights) -> None:
         """Let every worker take new weights, between two passes."""
         arguments = (weights.buffer, weights.index, weights.version, self._constants.in_flight)
-        for number, worker in enumerate(self._workers):
+        self._version = weights.version
+        for number, worker in self._workers.items():
             worker.others.append(self._crew.workers.send(number, "load_weights", *arguments))
-            worker.version = weights.version
 
     def take(self, step: int, doing: str) -> tuple[Rollouts, RewardTable]:
         """The oldest groups that are done, for one step; waits for them. What is late by then begins again."""
@@ -137,10 +137,10 @@ class RolloutsAhead:
         # So many that what is begun now, by the weights of this step, is trained in time where all goes in order.
         room = self._prompts.per_step * self._max_staleness
         while len(self._all()) < room and self._next < self._end:
-            self._hand_out(self._group_at(self._next))
+            self._waiting.append(self._group_at(self._next))
             self._next += 1
-        for number, worker in enumerate(self._workers):
-            self._mind_replacement(number, worker)
+        self._mind_workers()
+        for number, worker in self._workers.items():
             while len(worker.calls) < CALLS_QUEUED and worker.num_groups:
                 worker.calls.append(self._advance(number, worker))
         self._judge()
@@ -155,7 +155,7 @@ class RolloutsAhead:
     def _flights(self) -> dict[ObjectRef, tuple[Flight, Callable[[Flight], None]]]:
         """What is under way, and who takes it when it lands."""
         found: dict[ObjectRef, tuple[Flight, Callable[[Flight], None]]] = {}
-        for worker in self._workers:
+        for worker in self._workers.values():
             for flight in worker.calls:
                 found[flight.refs[-1]] = flight, self._land_group
             for flight in worker.others:
@@ -167,15 +167,27 @@ class RolloutsAhead:
     def _group_at(self, position: int) -> _Group:
         return _Group(position, self._prompts.at([position], self._anchors))
 
-    def _hand_out(self, group: _Group) -> None:
-        """To the worker that has least to do."""
-        min(self._workers, key=lambda worker: worker.num_groups).to_begin.append(group)
+    def _mind_workers(self) -> None:
+        """Workers come and go: what one had begun that is gone, others begin again. Each group that waits goes to the
+        one that has least to do."""
+        self._crew.workers.admit()
+        ready = self._crew.workers.ready
+        for number, worker in list(self._workers.items()):
+            if ready.get(number) is not worker.actor:
+                self._waiting += [*worker.begun.values(), *worker.to_begin]
+                del self._workers[number]
+        for number in ready.keys() - self._workers.keys():
+            self._workers[number] = _Worker(ready[number])
+        if self._workers:
+            for group in sorted(self._waiting, key=lambda group: group.position):
+                min(self._workers.values(), key=lambda worker: worker.num_groups).to_begin.append(group)
+            self._waiting = []
 
     def _advance(self, number: int, worker: _Worker) -> Flight:
         groups, worker.to_begin = worker.to_begin, []
         for group in groups:
             self._number += 1
-            group.number, group.version = self._number, worker.version
+            group.number, group.version = self._number, self._version
             worker.begun[group.number] = group
         numbers = tuple(group.number for group in groups)
         batch = PromptBatch.concat([group.prompt for group in groups])
@@ -184,17 +196,9 @@ class RolloutsAhead:
             number, "advance", numbers, batch.shard, self._sampling, prompts, self._constants.seconds
         )
 
-    def _mind_replacement(self, number: int, worker: _Worker) -> None:
-        """A worker that was replaced knows nothing of what was begun: begin it again."""
-        actor = self._crew.workers.actors[number]
-        if worker.actor is not actor:
-            again = [*worker.begun.values(), *worker.to_begin]
-            self._workers[number] = _Worker(actor, worker.version, again)
-
     def _land_group(self, flight: Flight) -> None:
         worker = self._workers[flight.number]
-        if flight in worker.calls:
-            worker.calls.remove(flight)
+        worker.calls.remove(flight)
         landed = self._crew.workers.landed(flight, "generating rollouts ahead")
         if landed is LOST_CALL:
             return
@@ -211,7 +215,8 @@ class RolloutsAhead:
     def _judge(self) -> None:
         """Give judges that are idle what is not judged: together, since a judge may take as long for many as for
         one."""
-        idle = [number for number in range(len(self._crew.judges)) if number not in self._scoring]
+        self._crew.judges.admit()
+        idle = [number for number in self._crew.judges.ready if number not in self._scoring]
         if not idle or not self._unjudged:
             return
         groups, self._unjudged = self._unjudged, []
@@ -233,7 +238,7 @@ class RolloutsAhead:
 
     def _drop_late(self) -> None:
         """Begin groups again that too old weights began; those that judges have follow when they come back."""
-        for number, worker in enumerate(self._workers):
+        for number, worker in self._workers.items():
             late = [group for group in worker.begun.values() if group.version < self._oldest]
             if late:
                 worker.others.append(self._crew.workers.send(number, "drop", tuple(group.number for group in late)))
@@ -251,13 +256,13 @@ class RolloutsAhead:
 
     def _begin_again(self, group: _Group) -> None:
         self._num_late += 1
-        self._hand_out(self._group_at(group.position))
+        self._waiting.append(self._group_at(group.position))
 
     def _all(self) -> list[_Group]:
         """Groups that are not trained yet."""
-        at_workers = [group for worker in self._workers for group in (*worker.to_begin, *worker.begun.values())]
+        at_workers = [g for worker in self._workers.values() for g in (*worker.to_begin, *worker.begun.values())]
         at_judges = [group for _, groups in self._scoring.values() for group in groups]
-        return [*at_workers, *self._unjudged, *at_judges, *self._ready]
+        return [*self._waiting, *at_workers, *self._unjudged, *at_judges, *self._ready]
 
     def _rollouts(self, groups: Sequence[_Group], step: int) -> Rollouts:
         reports = [group.report for group in groups if group.report is not None]

@@ -132,7 +132,8 @@ class Crew:
 
     def wait_ready(self) -> None:
         """Until workers and reward models are up."""
-        self.workers.wait_ready()
+        # Rollouts that run ahead need not wait for the last worker: it joins when the cluster has a place for it.
+        self.workers.wait_ready(at_least=1 if self.config.rollout.max_staleness else None)
         self.judges.wait_ready()
         if self.draft is not None:
             self.draft.wait_ready()

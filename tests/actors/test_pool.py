@@ -8,7 +8,7 @@ import time
 import pytest
 import ray
 
-from thornback.actors import ActorPool, Home, Restarts, actor_options
+from thornback.actors import LOST_CALL, ActorPool, Home, Restarts, actor_options
 from thornback.contracts import ActorLost, ConfigError
 
 
@@ -28,6 +28,8 @@ class Worker:
             raise ConfigError("the setup is broken")
         if self.broken == "hang":
             time.sleep(60)
+        while self.number == 1 and self.broken.startswith("/") and not os.path.exists(self.broken):
+            time.sleep(0.05)
         return Home.here()
 
     def load(self, state):
@@ -155,6 +157,32 @@ def test_a_setup_that_hangs_names_the_actor(ray_cluster):
     pool = ActorPool("worker", spawner("hang"), 1, timeout=3.0, restarts=Restarts(0, lambda kind, message: None))
     with pytest.raises(ActorLost, match=r"worker 0 did not answer within 3 s while starting"):
         pool.wait_ready()
+    pool.shutdown()
+
+
+def test_an_actor_joins_when_it_is_ready_and_leaves_when_it_dies(ray_cluster, events, tmp_path):
+    restarts = Restarts(1, lambda kind, message: events.append((kind, message)))
+    marker = tmp_path / "marker"
+    pool = ActorPool(
+        "worker", spawner(str(marker)), 2, timeout=60.0, restarts=restarts,
+        catch_up=lambda actor: [actor.load.remote(5)],
+    )  # fmt: skip
+    pool.wait_ready(at_least=1)
+    assert set(pool.ready) == {0}
+    assert pool.map("work", [(1,), (2,), (3,)], "counting") == [15, 25, 35]
+    marker.touch()
+    while len(pool.ready) < 2:
+        pool.admit(seconds=5.0)
+    assert pool.landed(pool.send(1, "work", 7), "counting") == 75
+    os.kill(pool.homes[0].pid, 9)
+    assert pool.landed(pool.send(0, "work", 7), "counting") is LOST_CALL
+    assert set(pool.ready) == {1}  # and who comes in its place is not waited for
+    pool.broadcast("load", (5,), "loading")
+    assert pool.map("work", [(1,), (2,)], "counting") == [15, 25]
+    while len(pool.ready) < 2:
+        pool.admit(seconds=5.0)
+    assert pool.landed(pool.send(0, "work", 7), "counting") == 75
+    assert [kind for kind, _ in events] == ["actor_started", "actor_started", "actor_lost", "actor_restarted"]
     pool.shutdown()
 
 

@@ -67,6 +67,14 @@ def test_guessed_rollouts_do_not_run_ahead(tiny_model, tmp_path):
 
 
 @pytest.mark.full
+def test_a_run_goes_on_without_the_worker_that_has_no_place(ray_cluster, tiny_model, tmp_path):
+    trainer(running_ahead(tiny_model("qwen3"), tmp_path, num_cpus=3)).train()  # of the cluster's four
+    check(tmp_path)
+    started = [e["message"] for e in events(tmp_path) if e["kind"] == "actor_started"]
+    assert sum(message.startswith("rollout worker") for message in started) == 1
+
+
+@pytest.mark.full
 def test_workers_judges_and_learners_that_are_killed_lose_nothing(ray_cluster, tiny_model, tmp_path):
     values = running_ahead(tiny_model("qwen3"), tmp_path, max_staleness=2, ahead={"seconds": 0.05})
     thread = killer(tmp_path, [(2, "rollout worker"), (4, "reward model"), (5, "learner rank"), (6, "rollout worker")])
