@@ -24,14 +24,14 @@ def _vllm_engine(model: str, config: EngineConfig, **options: Any) -> Engine:
     return VllmEngine(model, config, **options)
 
 
-def _best_engine(model: str, config: EngineConfig, retrievers: tuple[Retriever, ...] = ()) -> Engine:
-    """vLLM on a GPU, where it is installed and nothing is asked for that it does not do."""
+def _best_engine(model: str, config: EngineConfig, retrievers: tuple[Retriever, ...] = (), **options: Any) -> Engine:
+    """vLLM on a GPU, where it is installed and nothing is asked for that it does not do; `options` are vLLM's."""
     import torch
 
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     alone = config.speculation is None and not config.kv_location
     if on_gpu and alone and importlib.util.find_spec("vllm") is not None:
-        return _vllm_engine(model, config)
+        return _vllm_engine(model, config, **options)
     return _torch_engine(model, config, retrievers)
 
 

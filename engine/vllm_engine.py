@@ -23,6 +23,7 @@ from thornback.contracts import (
     InvalidRequest,
     KVImport,
     Lease,
+    ModelError,
     Output,
     Request,
     Reservation,
@@ -75,7 +76,8 @@ class VllmEngine:
         arguments: dict[str, Any] = {
             "model": str(model),
             "dtype": ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype,
-            "max_model_len": config.max_model_len,
+            "max_model_len": config.max_model_len or -1,  # what the cache holds, as with the torch engine
+            "block_size": config.block_size,
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "enable_prefix_caching": config.enable_prefix_caching,
@@ -87,6 +89,8 @@ class VllmEngine:
             "async_scheduling": False,  # a draw's position is the number of tokens before it
             "worker_extension_cls": "thornback.engine.vllm_worker.WorkerExtension",
         }
+        if "gpu_memory_utilization" in options:  # which sizes the cache only where nothing else does
+            del arguments["kv_cache_memory_bytes"]
         self._adapters = {name: number for number, (name, _) in enumerate(config.adapters, start=1)}
         self._adapter_paths = dict(config.adapters)
         if config.adapters:
@@ -104,6 +108,7 @@ class VllmEngine:
         self._names: dict[str, list[str]] = {}  # vLLM's ids of a request's samples
         self._num_requests = 0
         self._seeds = fresh_seeds()
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of the weights that were loaded first
         self._version = 0
         self._num_flushes = 0
         self._paused = False
@@ -208,10 +213,23 @@ class VllmEngine:
             (spec.name, torch.from_numpy(array.copy()).view(TORCH_DTYPES[spec.dtype]))
             for spec, array in weights
         ]
+        self._check_weights(weights)
         self._llm.collective_rpc("load_flat_weights", args=(tensors,))
         if self._samples and in_flight == "recompute":
             self._llm.reset_prefix_cache(reset_running_requests=True)
+        elif self._samples:  # what waits has its salt already
+            pool = self._llm.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+            pool.evict_blocks({block.block_id for block in pool.blocks if block.block_hash is not None})
         self._version = version
+        self.flush_prefix_cache()  # a run that goes back to a checkpoint uses its versions again
+
+    def _check_weights(self, weights: WeightView) -> None:
+        """vLLM is of no more use once it has begun to load what does not fit."""
+        shapes = {spec.name: spec.shape for spec, _ in weights}
+        self._shapes = self._shapes or shapes
+        if shapes != self._shapes:
+            name = sorted({*shapes.items()} ^ {*self._shapes.items()})[0][0]
+            raise ModelError(f"The new weights differ from those before in the shape or the presence of {name}.")
 
     def pause(self) -> None:
         self._paused = True
@@ -280,10 +298,6 @@ def _sampling_params(sampling: SamplingParams, stops: Iterable[int], seed: int, 
     from vllm.sampling_params import RequestOutputKind
 
     return VllmSamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=max(sampling.top_k, 0),
-        min_p=sampling.min_p,
         max_tokens=sampling.max_tokens - position,
         min_tokens=max(sampling.min_tokens - position, 0),
         stop_token_ids=sorted(stops),
@@ -292,5 +306,10 @@ def _sampling_params(sampling: SamplingParams, stops: Iterable[int], seed: int, 
         ignore_eos=True,  # they are among the stops
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        extra_args={"seed": seed, "position": position, "json_schema": sampling.json_schema},
+        extra_args={  # for our sampler, which vLLM's own fields would reach changed
+            "seed": seed,
+            "position": position,
+            "json_schema": sampling.json_schema,
+            "draw": {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")},
+        },
     )

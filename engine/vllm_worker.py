@@ -28,13 +28,14 @@ class WorkerExtension:
     """Methods that vLLM adds to its worker (`worker_extension_cls`), for `collective_rpc` to call."""
 
     model_runner: Any
+    reload_weights: Any  # the worker's
 
     def draw_by_position(self) -> None:
         self.model_runner.sampler = PositionalSampler(self.model_runner)
 
     def load_flat_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         """Copy weights, by their checkpoint's names, into vLLM's own layout."""
-        self.model_runner.reload_weights(weights_iterator=iter(tensors))
+        self.reload_weights(weights_iterator=iter(tensors))
         _pack_head(self.model_runner.get_model())
 
 
@@ -89,10 +90,7 @@ class PositionalSampler(Sampler):
         if ids != self._ids:
             self._ids = list(ids)
             params = [request.sampling_params for request in requests]
-            ours = [
-                SamplingParams(temperature=p.temperature, top_p=p.top_p, top_k=p.top_k, min_p=p.min_p) for p in params
-            ]
-            self._batch = SamplingBatch.of(ours, device)
+            self._batch = SamplingBatch.of([SamplingParams(**p.extra_args["draw"]) for p in params], device)
             self._seeds = np.array([p.extra_args["seed"] for p in params], np.uint64)
             self._begins = np.array([p.extra_args["position"] for p in params], np.int64)
             self._restrained = any(p.min_tokens or p.extra_args["json_schema"] is not None for p in params)

@@ -167,6 +167,8 @@ None: everybody may ask."""
                 "the engine vllm neither hands keys and values over nor speculates; leave prefill_replicas and "
                 "speculation out, or take engine.name=torch"
             )
+        if self.engine.name == "torch" and self.engine.options:
+            raise ValueError("engine.options are arguments of other engines; the torch engine has none")
         if self.max_prefill_replicas and not self.prefill_replicas:
             raise ValueError("max_prefill_replicas is set, but prefill_replicas is 0: no pool of their own")
         return self

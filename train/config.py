@@ -84,7 +84,7 @@ class RunConfig(Section):
                 "rollout.max_staleness: rollouts that run ahead are not guessed; take rollout.max_staleness=0, or set "
                 "rollout.speculate=off"
             )
-        if self.rollout.engine in ("torch", "auto"):
+        if self.rollout.engine == "torch":
             for name in self.rollout.engine_options:
                 if name not in ENGINE_SIZES:
                     nearest = difflib.get_close_matches(name, ENGINE_SIZES, n=1, cutoff=0.0)[0]

@@ -12,7 +12,16 @@ from transformers import AutoTokenizer
 
 from tests.engine.lora import greedy
 from tests.engine.reference import Reference, allowed
-from thornback.contracts import Engine, InFlight, InvalidRequest, Output, Request, SamplingParams
+from thornback.contracts import (
+    Engine,
+    InFlight,
+    InvalidRequest,
+    ModelError,
+    Output,
+    Request,
+    SamplingParams,
+    WeightView,
+)
 from thornback.engine import copy_parameters, generate
 from thornback.engine.randomness import positional_uniform
 
@@ -228,7 +237,7 @@ class EngineContract:
         """Mapped read-only, as workers map them."""
         engine.load_weights(copy_parameters(reference.model), 6)
         generate(engine, [Request("warm", PROMPTS[4], GREEDY_10)])
-        for model, version in ((other, 7), (reference, 8)):
+        for model, version in ((other, 7), (reference, 8), (other, 7)):  # the last as after a checkpoint
             view = copy_parameters(model.model)
             view.buffer.setflags(write=False)
             engine.load_weights(view, version)
@@ -241,6 +250,33 @@ class EngineContract:
                 engine.load_weights(view, version=9)
             model.assert_same(PROMPTS[4], tokens_of(outputs + drain(engine)), model.greedy(PROMPTS[4], 10), GREEDY_10)
             assert engine.load().weight_version == version
+
+    def test_requests_that_wait_for_room_begin_under_the_new_weights(
+        self, engine: Engine, reference: Reference, other: Reference
+    ) -> None:
+        engine.load_weights(copy_parameters(reference.model), 1)
+        many = SamplingParams(n=10, temperature=0.0, max_tokens=10, ignore_eos=True)
+        engine.add_request(Request("a", PROMPTS[4][:33], many))
+        before: list[Output] = []
+        while not before:
+            before = engine.step()
+        engine.load_weights(copy_parameters(other.model), 2, in_flight="keep")
+        outputs = drain(engine)
+        late = set(range(10)) - {out.index for out in before}
+        assert late, "nobody waited"
+        for index in late:
+            tokens = tokens_of([out for out in outputs if out.index == index])
+            other.assert_same(PROMPTS[4][:33], tokens, other.greedy(PROMPTS[4][:33], 10), GREEDY_10)
+        engine.load_weights(copy_parameters(reference.model), 3)
+
+    def test_weights_that_do_not_fit_are_refused_and_change_nothing(self, engine: Engine, reference: Reference) -> None:
+        whole = copy_parameters(reference.model)
+        engine.load_weights(whole, 1)
+        with pytest.raises(ModelError, match="norm"):
+            engine.load_weights(WeightView(whole.buffer, whole.index[:-1]), 2)
+        sample = generate(engine, [Request("a", PROMPTS[2], GREEDY_10)])["a"][0]
+        reference.assert_same(PROMPTS[2], sample.token_ids.tolist(), reference.greedy(PROMPTS[2], 10), GREEDY_10)
+        assert set(sample.versions) == {1}
 
     @pytest.mark.parametrize("mode", ["recompute", "keep"])
     def test_weights_swapped_in_flight(
