@@ -12,7 +12,7 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from thornback.actors.supervision import Home, Restarts, is_lost, kill, original_error
+from thornback.actors.supervision import DataLost, Home, Restarts, is_lost, kill, original_error
 from thornback.contracts import ActorLost
 
 LOST_CALL = object()
@@ -54,7 +54,8 @@ class ActorPool:
 
     An actor that dies, or does not answer within `timeout` seconds, is replaced; `catch_up(actor)` submits the
     calls that bring a replacement to the others' state (the current weights). An error that an actor raises ends the
-    work: it would be raised again.
+    work: it would be raised again. `elastic`: where others are ready, a replacement is not waited for; somebody calls
+    `admit` to take it in.
     """
 
     def __init__(
@@ -66,12 +67,14 @@ class ActorPool:
         timeout: float,
         restarts: Restarts,
         catch_up: Callable[[ActorHandle], Sequence[ObjectRef]] = lambda actor: (),
+        elastic: bool = False,
     ) -> None:
         self.role = role
         self.timeout = timeout
         self._spawn = spawn
         self._restarts = restarts
         self._catch_up = catch_up
+        self.elastic = elastic
         self._slots = []
         for number in range(size):
             actor = spawn(number)
@@ -122,6 +125,9 @@ class ActorPool:
                 self._finish_setup(slot)
                 for caught_up in self._catch_up(slot.actor):
                     self._await(slot, caught_up, "catching up")
+            except DataLost:
+                slot.home = None  # its set-up is done: it is brought up to date once there is something to bring
+                raise
             except ActorLost as loss:
                 slot.home = None
                 self._respawn(slot, str(loss).rstrip("."))
@@ -158,12 +164,13 @@ class ActorPool:
                 done.losses += 1
                 self._replace(slot, f"{self._name(slot)} {problem} while {doing}", final=done.losses > MAX_LOSSES)
                 todo.appendleft(done)
-            idle.append(slot)
+            if slot.home is not None:
+                idle.append(slot)
         return results
 
     def broadcast(self, method: str, args: tuple, doing: str) -> None:
         """Call `method(*args)` on every actor. One that is lost is replaced, and its replacement caught up:
-        `catch_up` must lead to the same state as the call."""
+        `catch_up` must lead to the same state as the call. Those that are not ready are left out."""
         flying = {}
         for slot in (slot for slot in self._slots if slot.home is not None):
             call = Flight(slot.number, args)
@@ -232,6 +239,8 @@ class ActorPool:
             raise ActorLost(f"{what_happened}, {MAX_LOSSES + 1} times in a row; look for the cause in Ray's logs.")
         started = time.monotonic()
         self._respawn(slot, what_happened)
+        if self.elastic and self.ready:
+            return  # it joins when it can
         self._finish_setup(slot)
         for caught_up in self._catch_up(slot.actor):
             self._await(slot, caught_up, "catching up")

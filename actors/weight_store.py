@@ -54,7 +54,8 @@ class WeightStoreCore:
                 raise LearnerLost("a learner rank died while publishing its weights") from None
             raise
         published = PublishedWeights(version, *returns[0])
-        self._versions[version] = published
+        # Versions above it are of steps that a run has gone back behind.
+        self._versions = {v: weights for v, weights in self._versions.items() if v < version} | {version: published}
         for old in sorted(self._versions)[: -self._keep]:
             del self._versions[old]
         return published

@@ -18,7 +18,7 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from thornback.actors import LOST_CALL, Flight, GenerationReport, GroupReport, PublishedWeights, RewardTable
+from thornback.actors import LOST_CALL, DataLost, Flight, GenerationReport, GroupReport, PublishedWeights, RewardTable
 from thornback.contracts import CACHED_VERSION, ActorLost, Anchor, SamplingParams
 from thornback.train.config import RunConfig
 from thornback.train.crew import Crew, Rollouts
@@ -73,6 +73,7 @@ class RolloutsAhead:
         self._scoring: dict[int, tuple[Flight, list[_Group]]] = {}  # by judge
         self._anchors: Mapping[str, Anchor] | None = None
         self._next, self._number, self._num_late = 0, 0, 0
+        self._heard = 0.0  # when something came back last
         self._oldest = 0  # version that may have begun what is trained
         self._unjudged: list[_Group] = []
         self._ready: list[_Group] = []
@@ -108,19 +109,25 @@ class RolloutsAhead:
         for number, worker in self._workers.items():
             worker.others.append(self._crew.workers.send(number, "load_weights", *arguments))
 
+    def settle(self) -> None:
+        """Wait until every worker has the weights that it was told of; raises what one raised."""
+        told = [flight.refs[-1] for worker in self._workers.values() for flight in worker.others]
+        if told:
+            ray.wait(told, num_returns=len(told), timeout=self._timeout)
+        self.pump()
+
     def take(self, step: int, doing: str) -> tuple[Rollouts, RewardTable]:
         """The oldest groups that are done, for one step; waits for them. What is late by then begins again."""
         if self._constants.late == "drop":
             self._oldest = step - self._max_staleness
             self._drop_late()
-        wanted, moved, deadline = self._prompts.per_step, len(self._ready), time.monotonic() + self._timeout
+        wanted, self._heard = self._prompts.per_step, time.monotonic()
         while len(self._ready) < wanted:
             self.pump(0.05)
-            if len(self._ready) > moved:
-                moved, deadline = len(self._ready), time.monotonic() + self._timeout
-            if time.monotonic() > deadline:
+            # Whoever hangs is replaced at its own deadline, which begins anew what is waited for here.
+            if time.monotonic() > self._heard + 2 * self._timeout:
                 raise ActorLost(
-                    f"No group of rollouts was done within {self._timeout:.0f} s in {doing} (run.timeout_seconds)."
+                    f"Nothing was heard of rollouts within {2 * self._timeout:.0f} s in {doing} (run.timeout_seconds)."
                 )
         self._ready.sort(key=lambda group: group.position)
         taken, self._ready = self._ready[:wanted], self._ready[wanted:]
@@ -145,6 +152,9 @@ class RolloutsAhead:
                 worker.calls.append(self._advance(number, worker))
         self._judge()
         flights = self._flights()
+        if not flights:
+            time.sleep(seconds)  # for a worker to come
+            return
         ready, _ = ray.wait(list(flights), num_returns=1, timeout=seconds)
         ready, _ = ray.wait(list(flights), num_returns=len(flights), timeout=0)
         now = time.monotonic()
@@ -178,6 +188,7 @@ class RolloutsAhead:
                 del self._workers[number]
         for number in ready.keys() - self._workers.keys():
             self._workers[number] = _Worker(ready[number])
+            self._heard = time.monotonic()
         if self._workers:
             for group in sorted(self._waiting, key=lambda group: group.position):
                 min(self._workers.values(), key=lambda worker: worker.num_groups).to_begin.append(group)
@@ -201,10 +212,12 @@ class RolloutsAhead:
         worker.calls.remove(flight)
         landed = self._crew.workers.landed(flight, "generating rollouts ahead")
         if landed is LOST_CALL:
+            self._heard = time.monotonic()
             return
         batch, report = landed
         group = worker.begun.pop(report.number, None) if report.number is not None else None
         if group is not None:
+            self._heard = time.monotonic()
             group.batch, group.report = batch, report
             self._unjudged.append(group)
 
@@ -226,7 +239,12 @@ class RolloutsAhead:
 
     def _land_tables(self, flight: Flight) -> None:
         _, groups = self._scoring.pop(flight.number)
-        tables = self._crew.judges.landed(flight, "judging rollouts that ran ahead")
+        self._heard = time.monotonic()
+        try:
+            tables = self._crew.judges.landed(flight, "judging rollouts that ran ahead")
+        except DataLost:  # with the node that they were made on: they cost their own time, and not the run's
+            self._waiting += [self._group_at(group.position) for group in groups]
+            return
         if tables is LOST_CALL:
             self._unjudged += groups
             return

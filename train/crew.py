@@ -109,6 +109,7 @@ class Crew:
             timeout=timeout,
             restarts=restarts,
             catch_up=self._catch_up,
+            elastic=rollout.max_staleness > 0,
         )
         self.judges = ActorPool(
             "reward model",

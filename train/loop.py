@@ -170,6 +170,8 @@ class Loop:
         if self.evaluator is None or not due or self.evaluator.has_evaluated(step):
             return
         with self.clock.phase("evaluate"):
+            if self.ahead is not None:
+                self.ahead.settle()
             self.evaluator.record(step, samples="before" if step == 0 else "after" if last else None)
 
     def refresh_draft_if_due(self, step: int, doing: str) -> dict[str, float]:
@@ -184,6 +186,8 @@ class Loop:
         if anchors is None or anchors.refresh_every is None or step % anchors.refresh_every:
             return
         with self.clock.phase("anchors"):
+            if self.ahead is not None:
+                self.ahead.settle()
             self.anchors_file = f"anchors-step-{step}.parquet"
             self.anchors = self.refresh(step, self.anchors_file)
         if self.ahead is not None:

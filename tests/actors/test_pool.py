@@ -161,11 +161,11 @@ def test_a_setup_that_hangs_names_the_actor(ray_cluster):
 
 
 def test_an_actor_joins_when_it_is_ready_and_leaves_when_it_dies(ray_cluster, events, tmp_path):
-    restarts = Restarts(1, lambda kind, message: events.append((kind, message)))
+    restarts = Restarts(2, lambda kind, message: events.append((kind, message)))
     marker = tmp_path / "marker"
     pool = ActorPool(
         "worker", spawner(str(marker)), 2, timeout=60.0, restarts=restarts,
-        catch_up=lambda actor: [actor.load.remote(5)],
+        catch_up=lambda actor: [actor.load.remote(5)], elastic=True,
     )  # fmt: skip
     pool.wait_ready(at_least=1)
     assert set(pool.ready) == {0}
@@ -183,6 +183,8 @@ def test_an_actor_joins_when_it_is_ready_and_leaves_when_it_dies(ray_cluster, ev
         pool.admit(seconds=5.0)
     assert pool.landed(pool.send(0, "work", 7), "counting") == 75
     assert [kind for kind, _ in events] == ["actor_started", "actor_started", "actor_lost", "actor_restarted"]
+    assert pool.map("work", [(1, str(tmp_path / "other")), (2,)], "counting") == [15, 25]
+    assert len(pool.ready) == 1, "the map waited for the replacement"
     pool.shutdown()
 
 
