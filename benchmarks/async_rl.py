@@ -32,7 +32,7 @@ from thornback.train.cluster import cluster
 from thornback.train.run_directory import RunDirectory
 
 MODES = {"synchronous": 0, "ahead by 1": 1, "ahead by 2": 2}
-SEEDS, STEPS, EVALUATIONS = 5, 90, 6
+SEEDS, STEPS, EVALUATIONS = 3, 90, 6
 SETTLED = 5  # steps after which a run's pace is measured
 
 
