@@ -40,7 +40,7 @@ from thornback.train.presampling import worth_training
 from thornback.train.problem import Problem
 from thornback.train.prompts import PromptBatch, PromptSource, TokenizedPrompt, make_prompt_batch, seed_of
 from thornback.train.run_directory import RunDirectory
-from thornback.train.sections import AnchorsSection
+from thornback.train.sections import AnchorsConstants
 from thornback.train.settings import Settings
 from thornback.train.tokenize import tokenize_prompts
 
@@ -245,7 +245,7 @@ class _Run:
             prompts = worth_training(prompts, self.anchors, config)
         self.source = PromptSource(prompts, config.run.seed, config.data.prompts_per_step)
 
-    def _anchors(self, prompts: list[TokenizedPrompt], section: AnchorsSection) -> dict[str, Anchor]:
+    def _anchors(self, prompts: list[TokenizedPrompt], section: AnchorsConstants) -> dict[str, Anchor]:
         """As pre-sampling estimates them, with a larger model's right answers where one is configured."""
         found = self._sampled(prompts, self.worker, section.num_rollouts, "reference", keep=False)
         unsolved = [p for p in prompts if fate(found[p.prompt.key].accuracy) == "ask"]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from thornback.contracts import ENGINE_SIZES, ConfigError
 from thornback.train.sections import (
     AlgorithmSection,
-    AnchorsSection,
+    AnchorsConstants,
     CheckpointSection,
     DataSection,
     EnvironmentConstants,
@@ -46,7 +46,7 @@ class RunConfig(Section):
     scoring: ScoringSection = ScoringSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     learner: LearnerSection = LearnerSection()
-    anchors: AnchorsSection | None = None
+    anchors: AnchorsConstants | None = None
     """Reference anchors and the filter that goes with them. None: no pre-sampling."""
     warm_start: WarmStartSection | None = None
     """None: reinforcement learning starts from the model as it is."""

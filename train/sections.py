@@ -339,7 +339,7 @@ class LearnerSection(Section):
     """Compute activations again in the backward pass instead of keeping them."""
 
 
-class AnchorsSection(Section):
+class AnchorsConstants(Section):
     """Pre-sampling with the reference policy (PVPO, arXiv 2508.21104)."""
 
     num_rollouts: PositiveInt = 8

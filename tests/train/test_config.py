@@ -87,9 +87,9 @@ def test_missing_recipe(tmp_path):
 def test_common_fields_are_under_a_hundred():
     from thornback.train import sections
 
-    # Of one method each, like PVPO's anchors, and absent unless a recipe names them.
-    absent = ("AnchorsSection", "BuildSection", "WarmStartSection")
-    method_sections = {name for name in vars(sections) if name.endswith("Constants") or name in absent}
+    method_sections = {
+        name for name in vars(sections) if name.endswith("Constants") or name in ("BuildSection", "WarmStartSection")
+    }
     common = [
         field
         for name, section in vars(sections).items()
