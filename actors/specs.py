@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from thornback.contracts import EngineConfig, InteractiveTask
@@ -27,6 +27,7 @@ class RolloutSpec:
     an answer is one turn. `engine_options`: keyword arguments of the engine's own, beside its config."""
 
     model: str
+    _: KW_ONLY
     engine: str = "torch"
     engine_config: EngineConfig = field(default_factory=EngineConfig)
     engine_options: Mapping[str, Any] = field(default_factory=dict)

@@ -119,10 +119,10 @@ def experiments(rates: Mapping[tuple[str, str], float], quick: bool) -> list[Exp
         for seed in seeds:
             model = start(task, seed, quick)
 
-            def add(method: str, w1: float, control: str = "", samples: int = SAMPLES, **sections: Any) -> None:
+            def add(method: str, w1: float, control: str = "", samples: int = SAMPLES, sections: Any = None) -> None:
                 labels = {"task": task, "method": method, "w1": w1, "seed": seed, "control": control}  # noqa: B023
                 rate = rates[task, "reward_combination" if method == "grpo" else method]  # noqa: B023
-                how = learns(task, method, w1) | sections  # noqa: B023
+                how = learns(task, method, w1) | (sections or {})  # noqa: B023
                 grid.append(experiment(labels, model, steps, rate, samples, **how))  # noqa: B023
 
             for w1 in (0.5,) if quick else WEIGHTS:
@@ -132,10 +132,10 @@ def experiments(rates: Mapping[tuple[str, str], float], quick: bool) -> list[Exp
                 add("grpo", w1)
             noisy = {"rewards": {**weighted(task, 0.5), "noise": {"weight": 0.5, **OUR_REWARDS["noise"]}}}
             for method in ("reward_combination", "dvao"):
-                add(method, 0.5, "noise", **noisy)
+                add(method, 0.5, "noise", sections=noisy)
                 add(method, 0.5, "groups of 4", samples=4)
             capped = {"algorithm": {"estimator": "dvao", "dvao": {"weight_cap": 0.4}}}
-            add("dvao", 0.5, "noise, weights capped at 0.4", **noisy, **capped)
+            add("dvao", 0.5, "noise, weights capped at 0.4", sections=noisy | capped)
     return grid
 
 
@@ -162,7 +162,7 @@ def measure(quick: bool, say: Callable[[str], None]) -> Results:
     return results
 
 
-def point(task: str, outcome: dict[str, Any]) -> tuple[float, float]:
+def point(task: str, outcome: Mapping[str, Any]) -> tuple[float, float]:
     last = outcome["evaluations"][-1]
     first, second = (last[f"reward/{name}"] for name in TASKS[task]["rewards"])
     return first, second

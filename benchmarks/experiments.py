@@ -69,7 +69,8 @@ class WarmUp:
         if Path(self.model).exists():
             return
         config = make_config({**self.settings, "run": {**self.settings["run"], "dir": str(self.directory)}})
-        say(f"warming up a model for {self.task}, seed {config.run.seed}, by {config.warm_start.steps} steps")
+        steps = self.settings["warm_start"]["steps"]
+        say(f"warming up a model for {self.task}, seed {config.run.seed}, by {steps} steps")
         task = load_task(config.task.name, config.task.options)
         starting_model(config, RunDirectory(str(self.directory)), task)
 

@@ -43,7 +43,7 @@ from benchmarks.experiments import (
 from benchmarks.results import Results, run
 
 SIZES = (2, 3, 5, 8)
-SEEDS = 8
+SEEDS = 16
 PROMPTS, STEPS = 96, 144  # twelve epochs
 ANCHORS = {"num_rollouts": 5}
 REWARDS = {"multihop": "answer", "arithmetic": "correct"}
@@ -53,12 +53,12 @@ GRPO, PVPO, FILTER, CACHED, PVPO_CACHED, RUNNING = METHODS
 
 
 def experiment(
-    labels: dict[str, Any], model: WarmUp, larger: WarmUp, learning_rate: float, quick: bool = False
+    labels: dict[str, Any], models: tuple[WarmUp, WarmUp], learning_rate: float, quick: bool = False
 ) -> Experiment:
-    """A run of `labels`' task, method, n and seed, from `model`."""
-    task, method = labels["task"], labels["method"]
+    """A run of `labels`' task, method, n and seed, from `models`: see `starts`."""
+    (model, larger), task, method = models, labels["task"], labels["method"]
     of = TASKS[task]["task"]
-    sections = {
+    sections: dict[str, Any] = {
         # A few of the prompts that the model was warmed up on: by so few alone they would be known by heart.
         "task": {**of, "options": {**of["options"], "num_train": PROMPTS}},
         "rewards": {REWARDS[task]: {}},
@@ -85,14 +85,14 @@ def learning_rates(outcomes: Outcomes, say: Callable[[str], None]) -> dict[tuple
     """By task and method, from runs at N = 5 on seeds of their own."""
 
     def run(task: str, method: str, seed: int, rate: float) -> Experiment:
-        return experiment({"task": task, "method": method, "n": 5, "seed": seed}, *starts(task, seed), rate)
+        return experiment({"task": task, "method": method, "n": 5, "seed": seed}, starts(task, seed), rate)
 
     return tuned(outcomes, rates_of(REWARDS), METHODS, run, accuracy, say)
 
 
-def starts(task: str, seed: int, quick: bool = False) -> list[WarmUp]:
+def starts(task: str, seed: int, quick: bool = False) -> tuple[WarmUp, WarmUp]:
     """The model that is trained, and the larger one, which is the same for all seeds."""
-    return [start(task, seed, quick), start(task, 0, quick, LONGER)]
+    return start(task, seed, quick), start(task, 0, quick, LONGER)
 
 
 def experiments(rates: Mapping[tuple[str, str], float], quick: bool) -> list[Experiment]:
@@ -103,7 +103,7 @@ def experiments(rates: Mapping[tuple[str, str], float], quick: bool) -> list[Exp
             for method in METHODS:
                 for n in SIZES if method in (GRPO, PVPO) else (5,):
                     labels = {"task": task, "method": method, "n": n, "seed": seed}
-                    grid.append(experiment(labels, *starts(task, seed, quick), rates[task, method], quick))
+                    grid.append(experiment(labels, starts(task, seed, quick), rates[task, method], quick))
     return grid
 
 
@@ -128,7 +128,7 @@ def measure(quick: bool, say: Callable[[str], None]) -> Results:
     return results
 
 
-def accuracy(outcome: dict[str, Any]) -> float:
+def accuracy(outcome: Mapping[str, Any]) -> float:
     return outcome["evaluations"][-1]["accuracy"]
 
 

@@ -93,9 +93,14 @@ class Task(Protocol):
     A task may have `more_rewards` too: they count only where a recipe names them.
     """
 
-    name: str
-    system_prompt: str | None
-    rewards: tuple[Reward | BatchReward, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def system_prompt(self) -> str | None: ...
+
+    @property
+    def rewards(self) -> tuple[Reward | BatchReward, ...]: ...
 
     def prompts(self, split: str) -> Iterator[Prompt]:
         """The prompts of "train" or "test", in a fixed order. Nothing of one is in the other."""

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 
+from benchmarks.cluster.simulation import Policy
 from thornback.algorithms import Node, Placement, PlacementConfig, Placer, Role
 
 STATIC, LEAST, COLOCATED, CONDITIONAL, OURS = (
@@ -83,7 +84,7 @@ class ConditionalSplit(LeastLoaded):
         return self._placed(decode, decode, num_tokens)
 
 
-def make(name: str, nodes: Sequence[Node], config: PlacementConfig) -> RoundRobin | LeastLoaded | Colocated | Placer:
+def make(name: str, nodes: Sequence[Node], config: PlacementConfig) -> Policy:
     others = {STATIC: RoundRobin, LEAST: LeastLoaded, COLOCATED: Colocated, CONDITIONAL: ConditionalSplit}
     if name != OURS:
         return others[name](nodes)

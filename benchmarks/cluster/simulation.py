@@ -7,7 +7,7 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from benchmarks.cluster.traces import Arrival
 from thornback.algorithms import Node, Placement
@@ -92,7 +92,8 @@ def simulate(
 ) -> list[Job]:
     """All requests of a trace, to their end."""
     replicas = {node.node_id: Replica(node) for node in nodes}
-    numbers, events = itertools.count(), []  # (time, number, what, of what)
+    numbers = itertools.count()
+    events: list[tuple[float, int, str, Any]] = []  # (time, number, what, of what)
     jobs = [Job(arrival) for arrival in trace]
     for job in jobs:
         heapq.heappush(events, (job.arrival.time, next(numbers), "arrival", job))

@@ -77,7 +77,7 @@ def replicas(directory: str, counts: list[int]) -> dict[int, float]:
         # A store of its own each time: memory that an earlier one has touched would not count again.
         ray.init(num_cpus=1, object_store_memory=nbytes + (200 << 20), include_dashboard=False, log_to_driver=False)
         try:
-            actors = [Replica.remote() for _ in range(count)]
+            actors = [Replica.remote() for _ in range(count)]  # type: ignore[attr-defined]  # (a Ray actor)
             ray.get([actor.prepare.remote(tiny) for actor in actors])
             before = taken()
             buffer = ray.put(np.fromfile(f"{directory}/store.arrow", np.uint8))

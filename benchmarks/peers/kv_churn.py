@@ -38,7 +38,8 @@ class Side:
 
     def __init__(self, make: Callable[[int], Any], num_blocks: int, seed: int) -> None:
         self.allocator, self._num_blocks = make(num_blocks), num_blocks
-        self._rng, self._live = np.random.default_rng([seed, 1]), []
+        self._rng = np.random.default_rng([seed, 1])
+        self._live: list[list[int]] = []
 
     def make_room(self, num_blocks: int) -> None:
         while self._live and self._num_blocks - self.allocator.num_free + num_blocks > USE * self._num_blocks:

@@ -180,7 +180,8 @@ def _send_over_gloo(pipe: Any, num_blocks: int) -> None:
     pipe.send(method)
     dist.init_process_group("gloo", init_method=method, rank=1, world_size=2)
     while (work := pipe.recv()) is not None:
-        for piece in outgoing(work[0], rows, *work[1:], staging):
+        way, source, target = work
+        for piece in outgoing(way, rows, source, target, staging):
             dist.send(torch.from_numpy(piece), 0)
     dist.destroy_process_group()
 

@@ -57,7 +57,7 @@ def make_engine(
     config = EngineConfig(num_threads=threads, speculation=speculation if uses else None)
     engine = TorchEngine(model, config, tuple(retrievers))
     if engine.drafter is not None:
-        engine.drafter.propose = _timed(engine.drafter.propose, clock, "drafting")  # type: ignore[method-assign]
+        engine.drafter.propose = _timed(engine.drafter.propose, clock, "drafting")
     return engine, clock
 
 

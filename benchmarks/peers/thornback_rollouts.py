@@ -19,15 +19,15 @@ MAX_TOKENS = 64
 MEMORY_TOKENS = 1 << 22
 
 
-def worker(model: str, threads: int, guess: bool, options: dict[str, int]) -> RolloutWorkerCore:
+def worker(model: str, threads: int, guess: bool, options: dict[str, Any]) -> RolloutWorkerCore:
     speculation = SpeculationConfig(**options) if guess else None
     config = EngineConfig(max_model_len=128, speculation=speculation)
-    core = RolloutWorkerCore(RolloutSpec(model, "torch", config, threads, MEMORY_TOKENS))
+    core = RolloutWorkerCore(RolloutSpec(model, engine_config=config, num_threads=threads, memory_tokens=MEMORY_TOKENS))
     core.setup()
     return core
 
 
-def rollouts(turns: TurnTaker, threads: int, guess: bool, options: dict[str, int], out: str, **work: Any) -> None:
+def rollouts(turns: TurnTaker, threads: int, guess: bool, options: dict[str, Any], out: str, **work: Any) -> None:
     """`work`: `epochs`, each with its `policy`, the `reference` rollouts, the files of `earlier` epochs, and `shards`
     by how many sequences may live. A turn answers all of them; the tokens of the first turn go to the file `out`."""
     cores: list[RolloutWorkerCore] = []

@@ -33,7 +33,7 @@ DEADLINE = 120.0
 class WeighedWorkerCore(RolloutWorkerCore):
     """A rollout worker that can say where its parameters lie."""
 
-    def memory(self) -> dict[str, Any]:
+    def weigh(self) -> dict[str, Any]:
         """`private`: bytes that this process shares with no other. `shared`: of the parameters' bytes, those that lie
         in mapped shared memory, as `(device, inode, first byte in the file, byte after the last)`."""
         gc.collect()
@@ -133,9 +133,9 @@ def weigh(workers: list[Any], small_model: str) -> dict[str, float]:
     """Bytes that the weights take for all workers together: mapped memory once, and whatever more private memory
     each has than a worker with next to no parameters."""
     control = make_worker(small_model)
-    empty = ray.get(control.memory.remote(), timeout=DEADLINE)["private"]
+    empty = ray.get(control.weigh.remote(), timeout=DEADLINE)["private"]
     ray.kill(control)
-    found = ray.get([w.memory.remote() for w in workers], timeout=DEADLINE)
+    found = ray.get([w.weigh.remote() for w in workers], timeout=DEADLINE)
     mapped = distinct_bytes([tuple(r) for f in found for r in f["shared"]])
     return {
         "mapped_bytes": mapped,
