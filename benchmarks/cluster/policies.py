@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from benchmarks.cluster.simulation import Policy
 from thornback.algorithms import Node, Placement, PlacementConfig, Placer, Role
@@ -85,7 +85,12 @@ class ConditionalSplit(LeastLoaded):
 
 
 def make(name: str, nodes: Sequence[Node], config: PlacementConfig) -> Policy:
-    others = {STATIC: RoundRobin, LEAST: LeastLoaded, COLOCATED: Colocated, CONDITIONAL: ConditionalSplit}
+    others: dict[str, Callable[[Sequence[Node]], Policy]] = {
+        STATIC: RoundRobin,
+        LEAST: LeastLoaded,
+        COLOCATED: Colocated,
+        CONDITIONAL: ConditionalSplit,
+    }
     if name != OURS:
         return others[name](nodes)
     placer = Placer(config)
