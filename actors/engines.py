@@ -16,12 +16,12 @@ def _torch_engine(model: str, config: EngineConfig, retrievers: tuple[Retriever,
     return TorchEngine(model, config, retrievers)
 
 
-def _vllm_engine(model: str, config: EngineConfig, **options: Any) -> Engine:
+def _vllm_engine(model: str, config: EngineConfig, retrievers: tuple[Retriever, ...] = (), **options: Any) -> Engine:
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("The engine vllm needs vLLM, which is not installed here; see docs/vllm.md, or take torch.")
     from thornback.engine.vllm_engine import VllmEngine
 
-    return VllmEngine(model, config, **options)
+    return VllmEngine(model, config, retrievers, **options)
 
 
 def _best_engine(model: str, config: EngineConfig, retrievers: tuple[Retriever, ...] = (), **options: Any) -> Engine:
@@ -29,9 +29,9 @@ def _best_engine(model: str, config: EngineConfig, retrievers: tuple[Retriever, 
     import torch
 
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    alone = config.speculation is None and not config.kv_location
-    if on_gpu and alone and importlib.util.find_spec("vllm") is not None:
-        return _vllm_engine(model, config, **options)
+    heads = config.speculation is not None and config.speculation.draft  # it may be one, which vLLM cannot ask
+    if on_gpu and not config.kv_location and not heads and importlib.util.find_spec("vllm") is not None:
+        return _vllm_engine(model, config, retrievers, **options)
     return _torch_engine(model, config, retrievers)
 
 

@@ -25,6 +25,7 @@ from thornback.contracts import (
     Prompt,
     RolloutBatch,
     SamplingParams,
+    SpeculatingEngine,
     SpeculationStats,
     TensorSpec,
     ThornbackError,
@@ -121,8 +122,8 @@ class RolloutWorkerCore:
         # What is cached depends on what ran before, and cached or not differs in the last bits: a shard's rollouts
         # shall be a function of the weights and the shard alone.
         self.engine.flush_prefix_cache()
-        if isinstance(self.engine, TorchEngine):
-            self.engine.speculation.start_over()
+        if isinstance(self.engine, SpeculatingEngine):
+            self.engine.start_over()
         self.memory.wait()
         before = self.engine.load().speculation
         names = self._begin([f"now/{i}" for i in range(len(shard))], shard, sampling, prompts)
@@ -197,19 +198,19 @@ class RolloutWorkerCore:
 
     def load_draft(self, buffer: np.ndarray, index: tuple[TensorSpec, ...]) -> None:
         """Map the parameters of a refreshed draft head, as `load_weights` does the policy's."""
-        assert isinstance(self.engine, TorchEngine), "the configuration lets no other engine speculate"
+        assert isinstance(self.engine, TorchEngine), "the configuration lets no other engine learn to draft"
         self.engine.load_draft(WeightView(buffer, index))
 
     def costs(self) -> Costs:
         """What passes of this worker's engine cost, as (tokens, seconds), measured now that actors are not starting."""
-        assert isinstance(self.engine, TorchEngine), "the configuration lets no other engine speculate"
+        assert isinstance(self.engine, SpeculatingEngine), "the configuration lets no other engine speculate"
         return self.engine.measure_costs()
 
     def recall(self, costs: Costs, location: str | None, *batches: RolloutBatch) -> None:
         """Guess, from now on, as the other workers do: by these costs, and from the rollouts that `location` holds
         and those of `batches`, instead of what was remembered before."""
-        assert isinstance(self.engine, TorchEngine), "the configuration lets no other engine speculate"
-        self.engine.speculation.fix_costs(costs)
+        assert isinstance(self.engine, SpeculatingEngine), "the configuration lets no other engine speculate"
+        self.engine.fix_costs(costs)
         self.memory.clear()
         if location is not None:
             self.memory.load(location)

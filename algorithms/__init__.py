@@ -3,7 +3,17 @@
 from thornback.algorithms.advantages import ANCHORED, ESTIMATORS, Advantages, GroupRewards
 from thornback.algorithms.alignment import align_runs, runs_of
 from thornback.algorithms.difficulty import fate
-from thornback.algorithms.forests import are_trees, choose, fuse_all, join, learn_all, promise_of, sizes_of, verify_all
+from thornback.algorithms.forests import (
+    are_trees,
+    chains,
+    choose,
+    fuse_all,
+    join,
+    learn_all,
+    promise_of,
+    sizes_of,
+    verify_all,
+)
 from thornback.algorithms.growth import Growth, Level
 from thornback.algorithms.placement import Node, Placement, PlacementConfig, Placer, Role, State
 from thornback.algorithms.prefixes import PrefixIndex
@@ -41,6 +51,7 @@ __all__ = [
     "ancestor_bits",
     "are_trees",
     "best_size",
+    "chains",
     "choose",
     "depths",
     "fate",

@@ -8,13 +8,17 @@ with trees sized to the machine, as an engine does by itself: tokens per second,
 `transformers` with its prompt lookup on the same target (`speedup_vs_vllm_suffix`, `speedup_vs_vllm_ngram`: our
 speed-up over our plain decoding over theirs over their own).
 
+vLLM verifies chains. With proposals of the same fixed length, RASD's under vLLM (`--engine vllm`, which asks no draft
+head) against its `suffix`: tokens emitted per pass, the average over the tasks over theirs, the worse of `LENGTHS`
+(`vllm_accept_vs_suffix`); and, sized as either does by itself, tokens per second (`vllm_speed_vs_suffix`).
+
 Every source's text is plain decoding's: checked in every turn. The models are made by
 `python -m benchmarks.speculation_models`, once, if they are not there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from statistics import geometric_mean, mean
 from typing import Any
@@ -29,6 +33,7 @@ from thornback.engine import ACTOR_ENVIRONMENT
 
 NODES, MOST_NODES = 60, 32  # of trees of a fixed size (EAGLE-2's), and at most of those that an engine sizes
 NEW_TOKENS = 96
+LENGTHS = (8, 24)  # of proposals under vLLM; 24 is its suffix's own
 PROPOSED = 8  # tokens that vLLM's and transformers' methods propose; theirs are chains
 SINGLE = ("prompt lookup", "retrieval", "draft")
 
@@ -46,15 +51,43 @@ def measure(quick: bool, say: Callable[[str], None]) -> Results:
         "per_turn": per_turn,
         "new_tokens": 32 if quick else NEW_TOKENS,
     }
-    fixed = alternate(_ours(models, work, NODES, adaptive=False), 1 if quick else 3, say=say)
-    free = alternate([*_ours(models, work, MOST_NODES, adaptive=True), *_theirs(models, work)], rounds, 2, say=say)
-    return results(fixed, free)
+    several = 1 if quick else 3
+    fixed = alternate(_ours(models, work, NODES, adaptive=False), several, say=say)
+    chains = alternate(_chains(models, work), several, say=say) if find_spec("arctic_inference") else {}
+    under_vllm = _under_vllm(models, work, MOST_NODES, adaptive=True)
+    free = [*_ours(models, work, MOST_NODES, adaptive=True), *_theirs(models, work), under_vllm]
+    return results(fixed, chains, alternate(free, rounds, 2, say=say))
 
 
 def _ours(models: Mapping[str, str], work: Mapping[str, Any], num_nodes: int, adaptive: bool) -> list[Peer]:
     settings = {**models, **work, "num_nodes": num_nodes, "adaptive": adaptive, "threads": cores()}
     target = "benchmarks.peers.speculation:thornback"
     return [Peer(name, target, {**settings, "source": name}, ACTOR_ENVIRONMENT) for name in SOURCES]
+
+
+def _under_vllm(models: Mapping[str, str], work: Mapping[str, Any], num_nodes: int, adaptive: bool) -> Peer:
+    settings = {**models, **work, "num_nodes": num_nodes, "adaptive": adaptive, "threads": cores()}
+    environment = vllm_generate.environment(cores(), intel_openmp=True)
+    named = "vllm rasd" if adaptive else _chain("rasd", num_nodes)
+    made = {**settings, "source": "rasd", "engine": "vllm"}
+    return Peer(named, "benchmarks.peers.speculation:thornback", made, environment)
+
+
+def _chains(models: Mapping[str, str], work: Mapping[str, Any]) -> list[Peer]:
+    """Proposals of fixed lengths under vLLM, and vLLM without any."""
+    target, settings = "benchmarks.peers.speculation:vllm", {"model": models["model"], **work}
+    environment = vllm_generate.environment(cores(), intel_openmp=True)
+    methods: dict[str, dict[str, Any] | None] = {"vllm": None}
+    for length in LENGTHS:
+        methods[_chain("suffix", length)] = {"method": "suffix", "num_speculative_tokens": length}
+    return [
+        *(Peer(name, target, {**settings, "method": method}, environment) for name, method in methods.items()),
+        *(_under_vllm(models, work, length, adaptive=False) for length in LENGTHS),
+    ]
+
+
+def _chain(method: str, length: int) -> str:
+    return f"vllm {method}, {length}"
 
 
 def _theirs(models: Mapping[str, str], work: Mapping[str, Any]) -> list[Peer]:
@@ -75,14 +108,18 @@ def _theirs(models: Mapping[str, str], work: Mapping[str, Any]) -> list[Peer]:
     ]
 
 
-def results(fixed: Mapping[str, Turns], free: Mapping[str, Turns]) -> Results:
+def results(fixed: Mapping[str, Turns], chains: Mapping[str, Turns], free: Mapping[str, Turns]) -> Results:
     for turns in (fixed, free):
-        _check_texts(turns)
+        _check_texts(turns, "plain", SOURCES)
+    for turns in (chains, free):
+        _check_texts(turns, "vllm", [name for name in turns if name.startswith("vllm rasd")])
     per_pass = {name: _ratio(turns, "decoded", "passes") for name, turns in fixed.items()}
     speed = {name: _ratio(turns, "tokens", "seconds") for name, turns in free.items()}
     rows = [_row(name, f"trees of {NODES}", turns, per_pass[name]) for name, turns in fixed.items()]
+    chained = {name: _ratio(turns, "decoded", "passes") for name, turns in chains.items()}
+    rows += [_row(name, "chains", turns, chained[name]) for name, turns in chains.items()]
     rows += [_row(name, f"sized, at most {MOST_NODES}", turns, None) for name, turns in free.items()]
-    return Results("rasd", rows, {**_acceptance(per_pass), **_speeds(speed)})
+    return Results("rasd", rows, {**_acceptance(per_pass), **_under_vllm_acceptance(chained), **_speeds(speed)})
 
 
 def _acceptance(per_pass: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -90,6 +127,16 @@ def _acceptance(per_pass: Mapping[str, Mapping[str, float]]) -> dict[str, float]
     best = max(mean(per_pass[name].values()) for name in SINGLE)
     worst = min(ours[task] / max(per_pass[name][task] for name in SINGLE) for task in ours)
     return {"accept_vs_best_single": mean(ours.values()) / best, "accept_worst_task": worst}
+
+
+def _under_vllm_acceptance(per_pass: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    if not per_pass:
+        return {}
+
+    def average(method: str, length: int) -> float:
+        return mean(per_pass[_chain(method, length)].values())
+
+    return {"vllm_accept_vs_suffix": min(average("rasd", n) / average("suffix", n) for n in LENGTHS)}
 
 
 def _speeds(speed: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -101,6 +148,7 @@ def _speeds(speed: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         "speed_vs_plain": ours,
         "speed_vs_best_single": min(over("rasd", name) for name in SINGLE),
         **{f"speedup_vs_vllm_{method}": ours / over(f"vllm {method}", "vllm") for method in methods},
+        **({"vllm_speed_vs_suffix": over("vllm rasd", "vllm suffix")} if "suffix" in methods else {}),
         "speedup_vs_transformers_lookup": ours / over("transformers lookup", "transformers"),
     }
 
@@ -110,10 +158,10 @@ def _ratio(turns: Turns, above: str, below: str) -> dict[str, float]:
     return {t: sum(turns.all(f"{t} {above}")) / sum(turns.all(f"{t} {below}")) for t in real_text.TASKS}
 
 
-def _check_texts(turns: Mapping[str, Turns]) -> None:
-    for name in SOURCES:
+def _check_texts(turns: Mapping[str, Turns], plain: str, others: Iterable[str]) -> None:
+    for name in others:
         for task in real_text.TASKS:
-            if turns[name].all(f"{task} checksum") != turns["plain"].all(f"{task} checksum"):
+            if turns[name].all(f"{task} checksum") != turns[plain].all(f"{task} checksum"):
                 raise PeerFailed(f"{name} changed what the target says to prompts of {task}.")
 
 

@@ -21,6 +21,7 @@ from thornback.contracts.generation import (
     InFlight,
     Output,
     Request,
+    SpeculatingEngine,
 )
 from thornback.contracts.kv import SHARED, BlockRun, KVExport, KVImport, Lease, Reservation, TransferStats
 from thornback.contracts.rollouts import (
@@ -99,6 +100,7 @@ __all__ = [
     "RewardScorer",
     "RolloutBatch",
     "SamplingParams",
+    "SpeculatingEngine",
     "SpeculationConfig",
     "SpeculationStats",
     "Task",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from thornback.contracts.kv import KVExport, KVImport, Lease, Reservation
 from thornback.contracts.sampling import SamplingParams
@@ -143,3 +143,20 @@ class Engine(Protocol):
     def flush_prefix_cache(self) -> None: ...
 
     def load(self) -> EngineLoad: ...
+
+
+@runtime_checkable
+class SpeculatingEngine(Protocol):
+    """An `Engine` that can guess, and whose guesses can be made a function of what it generates alone."""
+
+    def measure_costs(self) -> tuple[tuple[int, float], ...]:
+        """What steps cost (`SpeculationConfig.costs`), measured now unless they are given; empty without speculation.
+
+        It needs an idle engine, and, to be right, an idle machine."""
+        ...
+
+    def fix_costs(self, costs: tuple[tuple[int, float], ...]) -> None:
+        """From now on steps cost this, whatever they take."""
+
+    def start_over(self) -> None:
+        """Forget whether guessing has won, as if nothing had been generated yet."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from thornback.contracts import ModelError
+from thornback.contracts import ConfigError, ModelError
 
 ARCHITECTURE, WEIGHTS = "ThornbackDraftHead", "model.safetensors"
 _ALIKE = ("hidden_size", "vocab_size", "num_key_value_heads", "head_dim")  # in a head and its target
@@ -27,6 +27,15 @@ def is_hub_name(draft: str | Path) -> bool:
 def holds_head(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is a draft head's, and not a whole model's."""
     return config.get("architectures") == [ARCHITECTURE]
+
+
+def refuse_head(draft: str | Path) -> None:
+    """Raise `ConfigError` for a draft head: it reads its model's hidden states, which vLLM shows no proposer."""
+    if not is_hub_name(draft) and holds_head(read_draft_config(draft, {})):
+        raise ConfigError(
+            f"{draft} is a draft head, which reads the hidden states of its model; vLLM shows them to nobody. Give a "
+            "small model as the draft, none at all, or take the torch engine."
+        )
 
 
 def read_draft_config(directory: str | Path, target: Mapping[str, Any]) -> dict[str, Any]:

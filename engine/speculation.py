@@ -13,6 +13,7 @@ import numpy as np
 from thornback.algorithms import (
     FORGETTING,
     are_trees,
+    chains,
     choose,
     fuse_all,
     join,
@@ -42,6 +43,7 @@ _GUESSES = 16  # for a sequence, among which the time is divided in which the dr
 _HELD_UP = 4.0  # times what is expected: a pass that takes longer was held up by something else
 _MOST_GAIN = 2.0  # tokens a sequence that a draft adds to what was retrieved, at most, it is assumed
 TRIAL_NODES = 4  # of trees that are only tried, to see what a step takes
+_WIDTH = 4  # nodes of the tree from which a chain is chosen, for each of the chain's
 _LEAST_PROMISE = 0.05  # accepted tokens a sequence for which a draft looks deeper, where its costs are not measured
 _T = TypeVar("_T")
 
@@ -82,6 +84,13 @@ class Guesses:
         nodes = np.repeat(kept, counts)
         self.take(self.tokens[nodes], self.parents[nodes], self.chances[nodes], np.cumsum(counts * kept))
 
+    def shorten(self, counts: np.ndarray) -> None:
+        """Of each sequence's chain keep the first tokens, so many `[S]`."""
+        sizes = sizes_of(self.stops)
+        place = np.arange(len(self.tokens)) - np.repeat(self.stops - sizes, sizes)
+        nodes = place < np.repeat(counts, sizes)
+        self.take(self.tokens[nodes], self.parents[nodes], self.chances[nodes], np.cumsum(counts))
+
 
 class Speculation:
     """Gives the sequences that decode their drafts, and counts what vLLM's metrics count."""
@@ -93,8 +102,11 @@ class Speculation:
         drafter: Drafter | None,
         max_model_len: int,
         vocab_size: int,
+        verifies_trees: bool = True,
     ) -> None:
+        """Where no trees can be verified, the best chain of each is, of at most `config.num_nodes` tokens."""
         self._config = config if retrievers or drafter else None
+        self._verifies_trees = verifies_trees
         self._retrievers, self._drafter = retrievers, drafter
         self._max_model_len, self._vocab_size = max_model_len, vocab_size
         self._costs = PassCosts()
@@ -137,7 +149,7 @@ class Speculation:
             return None
         config, retrievers = replace(self._config, max_sequences=None), (*self._retrievers, _Nonsense())
         few = replace(config, adaptive=False, num_nodes=TRIAL_NODES)
-        of_model = self._max_model_len, self._vocab_size
+        of_model = self._max_model_len, self._vocab_size, self._verifies_trees
         everything = Speculation(config, retrievers, self._drafter, *of_model)
         everything.fix_costs(((1, 1.0), (64, 1.0)))  # every guess is worth it
         return everything, Speculation(few, retrievers, None, *of_model), Speculation(None, (), None, *of_model)
@@ -201,6 +213,10 @@ class Speculation:
         if self.guesses is not None:
             self.guesses.keep(batch)
         return self.guesses
+
+    def disturbed(self) -> None:
+        """The pass to come is another than was proposed: what it takes says nothing."""
+        self._load = self._worth = None
 
     def observe(self, num_tokens: int) -> None:
         """The pass that was proposed is over, and gave so many tokens."""
@@ -331,26 +347,34 @@ class Speculation:
         forests = (draft, *retrieved)
         columns, ends, matches = join(*zip(*((f.columns, f.stops, f.match_lengths) for f in forests), strict=True))
         known = matches, self._records, slots, scores, factors
-        limits = config.num_nodes, np.array([self._left(seq) - 1 for seq in sequences])
-        return Guesses(sequences, slots, columns, ends, *fuse_all(columns, ends, *known, *limits))
+        depths = np.array([self._left(seq) - 1 for seq in sequences])
+        if self._verifies_trees:
+            trees = fuse_all(columns, ends, *known, config.num_nodes, depths)
+        else:
+            depths = np.minimum(depths, config.num_nodes)
+            trees = chains(*fuse_all(columns, ends, *known, self._retrieved_nodes(config), depths))
+        return Guesses(sequences, slots, columns, ends, *trees)
+
+    def _retrieved_nodes(self, config: SpeculationConfig) -> int:
+        return config.num_nodes if self._verifies_trees else min(_WIDTH * config.num_nodes, 63)
 
     def _retrieve(self, sequences: list[Sequence], config: SpeculationConfig) -> list[TokenForest]:
         """What each retriever says of all sequences. One that fails a sequence ends its guessing."""
         contexts = [seq.context()[-config.max_lookback :] for seq in sequences]
         tokens, stops = np.concatenate(contexts), np.array([len(context) for context in contexts]).cumsum()
-        forests = []
+        forests, num_nodes = [], self._retrieved_nodes(config)
         for retriever in self._retrievers:
             all_at_once = getattr(retriever, "retrieve_all", None)  # of a `BatchRetriever`
             if all_at_once is not None:
                 try:
-                    forests.append(_checked(all_at_once(tokens, stops, config.num_nodes), self._vocab_size))
+                    forests.append(_checked(all_at_once(tokens, stops, num_nodes), self._vocab_size))
                     continue
                 except Exception:
                     _log.debug("A retriever fails; whom it fails is seen one by one.", exc_info=True)
             trees = []
             for seq, context in zip(sequences, contexts, strict=True):
                 try:
-                    trees.append(_valid(retriever.retrieve(context, config.num_nodes), self._vocab_size))
+                    trees.append(_valid(retriever.retrieve(context, num_nodes), self._vocab_size))
                 except Exception as error:
                     self._give_up(seq, error)
                     trees.append(TokenTree.empty())

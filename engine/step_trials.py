@@ -12,13 +12,16 @@ from thornback.contracts import Request, SamplingParams
 if TYPE_CHECKING:
     from thornback.engine.speculation import Speculation
     from thornback.engine.torch_engine import TorchEngine
+    from thornback.engine.vllm_engine import VllmEngine
 
 _NUMBERS, _TOKENS = (1, 8), 24  # sequences whose steps are tried, and tokens of each
 _ROUNDS, _LEAST = 5, 4  # as often, and steps of each kind that are timed, at least,
 _SECONDS = 0.5  # however long they take: once that is over, no more
 
 
-def time_steps(engine: TorchEngine, trials: tuple[Speculation, Speculation, Speculation]) -> list[dict[int, float]]:
+def time_steps(
+    engine: TorchEngine | VllmEngine, trials: tuple[Speculation, Speculation, Speculation]
+) -> list[dict[int, float]]:
     """Seconds of steps of some numbers of sequences, with guesses and without; `trials`: as `Speculation.trials`."""
     speculation, numbers = engine.speculation, [n for n in _NUMBERS if n <= engine.config.max_num_seqs]
     everything, guessing, plain = trials
@@ -40,12 +43,12 @@ def time_steps(engine: TorchEngine, trials: tuple[Speculation, Speculation, Spec
     return found
 
 
-def _try(engine: TorchEngine, num_sequences: int) -> float:
+def _try(engine: TorchEngine | VllmEngine, num_sequences: int) -> float:
     """The seconds of a step of so many sequences, the median."""
     sampling = SamplingParams(max_tokens=min(_TOKENS, engine.max_model_len - 1), ignore_eos=True, seed=0)
     names = [f"trial-{number}" for number in range(num_sequences)]
     for number, name in enumerate(names):
-        engine.add_request(Request(name, (number % engine.shape.vocab_size,), sampling))
+        engine.add_request(Request(name, (number % engine.vocab_size,), sampling))
     seconds: list[float] = []
     while engine.has_unfinished_requests():
         if len(seconds) >= _LEAST and sum(seconds) > _SECONDS:

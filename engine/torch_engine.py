@@ -40,6 +40,7 @@ from thornback.engine.leases import Leases
 from thornback.engine.lora import AdapterSet
 from thornback.engine.model import ModelShape, load_model
 from thornback.engine.model_runner import ModelRunner, fresh_seeds
+from thornback.engine.pass_costs import Costs
 from thornback.engine.requests import check_request
 from thornback.engine.sampler import Sampled
 from thornback.engine.scheduler import Scheduled, Scheduler
@@ -126,7 +127,7 @@ class TorchEngine:
         wanted = -(-self.max_model_len // self.config.block_size) * self.config.max_num_seqs
         return max(1, min(wanted, self.config.kv_cache_memory_bytes // block_bytes))
 
-    def measure_costs(self) -> tuple[tuple[int, float], ...]:
+    def measure_costs(self) -> Costs:
         """What steps cost (`SpeculationConfig.costs`), measured now unless they are given; empty without speculation.
 
         It needs an idle engine, and, to be right, an idle machine."""
@@ -140,6 +141,14 @@ class TorchEngine:
                 self.drafter.forget_times()
         self.flush_prefix_cache()  # a pass that is only tried spoils a block
         return self.speculation.costs
+
+    def fix_costs(self, costs: Costs) -> None:
+        """See `SpeculatingEngine`."""
+        self.speculation.fix_costs(costs)
+
+    def start_over(self) -> None:
+        """See `SpeculatingEngine`."""
+        self.speculation.start_over()
 
     # Requests
 

@@ -1,7 +1,8 @@
 """vLLM behind the `Engine` contract, in this process (vLLM 0.32).
 
 Tokens are drawn by position (vllm_worker.py), so that a seed gives what it gives under the torch engine. What it
-does not do is refused: handing keys and values over between engines.
+does not do is refused: handing keys and values over between engines. It verifies chains where the torch engine verifies
+trees (vllm_speculation.py).
 """
 
 from __future__ import annotations
@@ -27,12 +28,17 @@ from thornback.contracts import (
     Output,
     Request,
     Reservation,
+    Retriever,
     SamplingParams,
     WeightView,
 )
 from thornback.engine.model_runner import fresh_seeds
+from thornback.engine.pass_costs import Costs
 from thornback.engine.requests import check_request
+from thornback.engine.speculation import Speculation
+from thornback.engine.step_trials import time_steps
 from thornback.engine.structured import GrammarCompiler
+from thornback.engine.vllm_speculation import make_drafter, speculative_config
 from thornback.engine.weights import TORCH_DTYPES
 
 # Read when vLLM is imported: one process, whose cores other actors share, and the model runner whose sampler is ours.
@@ -56,9 +62,15 @@ class _Sample:
 class VllmEngine:
     """The contract over vLLM's `LLMEngine`. One a process: vLLM's distributed state is global."""
 
-    def __init__(self, model: str, config: EngineConfig | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        config: EngineConfig | None = None,
+        retrievers: tuple[Retriever, ...] = (),
+        **options: Any,
+    ) -> None:
         """`options` are further arguments of vLLM's `EngineArgs`, such as `enforce_eager=False`."""
-        config = config or EngineConfig()
+        self.config = config = config or EngineConfig()
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if config.num_threads:
@@ -71,6 +83,8 @@ class VllmEngine:
         from thornback.engine.vllm_worker import eos_of
 
         _check_options(options, [f.name for f in fields(EngineArgs)])
+        if config.speculation is not None and options.get("tensor_parallel_size", 1) > 1:
+            raise ConfigError("vLLM's workers cannot share guesses; leave speculation out, or take one of them.")
         _show_no_names()
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
         arguments: dict[str, Any] = {
@@ -89,6 +103,8 @@ class VllmEngine:
             "async_scheduling": False,  # a draw's position is the number of tokens before it
             "worker_extension_cls": "thornback.engine.vllm_worker.WorkerExtension",
         }
+        if config.speculation is not None:
+            arguments["speculative_config"] = speculative_config(config.speculation)
         if "gpu_memory_utilization" in options:  # which sizes the cache only where nothing else does
             del arguments["kv_cache_memory_bytes"]
         self._adapters = {name: number for number, (name, _) in enumerate(config.adapters, start=1)}
@@ -112,6 +128,45 @@ class VllmEngine:
         self._version = 0
         self._num_flushes = 0
         self._paused = False
+        self._speculation = Speculation(None, (), None, self.max_model_len, self.vocab_size)
+        if config.speculation is not None:
+            of_model = self.vocab_size, self.max_model_len
+            drafter, blocks = make_drafter(config, *of_model, "cpu" if on_cpu else "cuda", str(arguments["dtype"]))
+            self._speculation = Speculation(
+                config.speculation, retrievers, drafter, self.max_model_len, self.vocab_size, verifies_trees=False
+            )
+            self._llm.collective_rpc("speculate", args=(self._speculation, blocks))
+        self.measure_costs()
+
+    @property
+    def speculation(self) -> Speculation:
+        """What it guesses by. Another one may be set while no requests run."""
+        return self._speculation
+
+    @speculation.setter
+    def speculation(self, speculation: Speculation) -> None:
+        self._speculation = speculation
+        self._llm.collective_rpc("guess_by", args=(speculation,))
+
+    def measure_costs(self) -> Costs:
+        """See `TorchEngine.measure_costs`."""
+        if self._samples:
+            raise RuntimeError("Passes are being timed on a busy engine; run its requests to their end first.")
+
+        def run(num_tokens: int) -> None:
+            self._llm.collective_rpc("try_pass", args=(num_tokens,))
+
+        self.speculation.measure(run, self.config.max_num_batched_tokens)
+        trials = self.speculation.trials()
+        if trials is not None:
+            self.speculation.add_overhead(*time_steps(self, trials))
+        return self.speculation.costs
+
+    def fix_costs(self, costs: Costs) -> None:
+        self.speculation.fix_costs(costs)
+
+    def start_over(self) -> None:
+        self.speculation.start_over()
 
     def add_request(self, request: Request, kv: KVImport | None = None) -> None:
         check_request(request, self.vocab_size, self.max_model_len, self._adapters)
@@ -251,6 +306,7 @@ class VllmEngine:
             num_free_blocks=pool.get_num_free_blocks(),
             num_blocks=pool.num_gpu_blocks - 1,  # vLLM keeps one for itself
             weight_version=self._version,
+            speculation=self.speculation.stats,
         )
 
 

@@ -22,6 +22,11 @@ from thornback.engine.structured import GrammarCompiler
 if TYPE_CHECKING:
     import xgrammar
     from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+    from thornback.engine.block_manager import BlockManager
+    from thornback.engine.speculation import Speculation
+    from thornback.engine.vllm_speculation import ChainProposer
 
 
 class WorkerExtension:
@@ -32,6 +37,19 @@ class WorkerExtension:
 
     def draw_by_position(self) -> None:
         self.model_runner.sampler = PositionalSampler(self.model_runner)
+
+    def speculate(self, speculation: Speculation, blocks: BlockManager | None) -> None:
+        """Guess and verify by this, and by draws by position; see `ChainProposer.serve`."""
+        runner = self.model_runner
+        runner.drafter.serve(runner, speculation, blocks)
+        runner.rejection_sampler = PositionalVerifier(runner.sampler, runner.drafter)
+
+    def guess_by(self, speculation: Speculation) -> None:
+        self.model_runner.drafter.use(speculation)
+
+    def try_pass(self, num_tokens: int) -> None:
+        """A pass over so many tokens of no request."""
+        self.model_runner._dummy_run(num_tokens)
 
     def load_flat_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         """Copy weights, by their checkpoint's names, into vLLM's own layout."""
@@ -62,17 +80,24 @@ class PositionalSampler(Sampler):
         predict_bonus_token: bool = False,
         logprobs_mode_override: Any = None,
     ) -> SamplerOutput:
+        tokens, logprobs = self.draw(logits, sampling_metadata.max_num_logprobs or 0)
+        return SamplerOutput(sampled_token_ids=tokens.to(torch.int32).unsqueeze(-1), logprobs_tensors=logprobs)
+
+    def draw(
+        self, logits: torch.Tensor, num_logprobs: int, owners: np.ndarray | None = None, ahead: np.ndarray | None = None
+    ) -> tuple[torch.Tensor, LogprobsTensors]:
+        """A token for each row of `logits` `[R, V]`, int64 `[R]`, and the scores of as many alternatives. Row r is of
+        request `owners[r]` of the batch, `ahead[r]` tokens after its next one (None: each request has a row)."""
         requests = self._read(logits.device)
-        drawn = np.array([len(request.output_token_ids) for request in requests])
-        uniform = positional_uniform(self._seeds, self._begins + drawn)
-        sampled = sample(logits, self._batch, uniform, self._banned(requests, drawn, logits))
+        position = np.array([len(request.output_token_ids) for request in requests])
+        batch, seeds, begins = self._batch, self._seeds, self._begins
+        if owners is not None and ahead is not None:
+            batch, seeds, begins = batch.of_rows(owners), seeds[owners], begins[owners]
+            requests, position = [requests[i] for i in owners], position[owners] + ahead
+        uniform = positional_uniform(seeds, begins + position)
+        sampled = sample(logits, batch, uniform, self._banned(requests, position, logits))
         tokens = torch.tensor(sampled.tokens, device=logits.device)
-        return SamplerOutput(
-            sampled_token_ids=tokens.to(torch.int32).unsqueeze(-1),
-            logprobs_tensors=self.gather_logprobs(
-                sampled.scores - sampled.log_norm[:, None], sampling_metadata.max_num_logprobs or 0, tokens
-            ),
-        )
+        return tokens, self.gather_logprobs(sampled.scores - sampled.log_norm[:, None], num_logprobs, tokens)
 
     @staticmethod
     def gather_logprobs(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> LogprobsTensors:
@@ -96,15 +121,50 @@ class PositionalSampler(Sampler):
             self._restrained = any(p.min_tokens or p.extra_args["json_schema"] is not None for p in params)
         return requests
 
-    def _banned(self, requests: list[Any], drawn: np.ndarray, logits: torch.Tensor) -> torch.Tensor | None:
-        """bool `[B, V]`: what stops a request, before its `min_tokens`, and what its schema forbids; None: nothing."""
+    def _banned(self, requests: list[Any], position: np.ndarray, logits: torch.Tensor) -> torch.Tensor | None:
+        """bool `[R, V]`: what stops a request, before its `min_tokens`, and what its schema forbids; None: nothing. A
+        request with a schema has one row: nothing is guessed for it."""
         if not self._restrained:
             return None
         banned = self._followed.banned(requests, logits.shape[1]).to(logits.device)
         for i, request in enumerate(requests):
-            if drawn[i] < request.sampling_params.min_tokens:
+            if position[i] < request.sampling_params.min_tokens:
                 banned[i, request.sampling_params.stop_token_ids] = True
         return banned
+
+
+class PositionalVerifier:
+    """vLLM's rejection sampler where draws are by position: what is drawn after a request's last token, and after each
+    of the guesses that were right, is what it would have drawn without them."""
+
+    def __init__(self, sampler: PositionalSampler, proposer: ChainProposer) -> None:
+        self._sampler, self._proposer = sampler, proposer
+
+    def __call__(
+        self,
+        metadata: SpecDecodeMetadata,
+        draft_probs: torch.Tensor | None,
+        logits: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+    ) -> SamplerOutput:
+        """`logits` `[R, V]`: of each request a row for its last token, and for each of its guesses."""
+        counts = np.array(metadata.num_draft_tokens)
+        first = np.cumsum(counts + 1) - (counts + 1)
+        owners = np.repeat(np.arange(len(counts)), counts + 1)
+        num_logprobs = sampling_metadata.max_num_logprobs or 0
+        drawn, found = self._sampler.draw(logits, num_logprobs, owners, np.arange(len(owners)) - first[owners])
+        right = self._proposer.settle(counts, metadata.draft_token_ids.cpu().numpy(), drawn.cpu().numpy())
+        # A row for each request, of all tokens that it could have had; vLLM skips those that are -1.
+        ahead = np.arange(metadata.max_spec_len + 1)
+        places = torch.from_numpy(np.minimum(first[:, None] + ahead, len(owners) - 1)).to(drawn.device)
+        wrong = torch.from_numpy(ahead > right[:, None]).to(drawn.device)
+        at = places.flatten()
+        return SamplerOutput(
+            sampled_token_ids=drawn[places].masked_fill_(wrong, -1).to(torch.int32),
+            logprobs_tensors=LogprobsTensors(
+                found.logprob_token_ids[at], found.logprobs[at], found.selected_token_ranks[at]
+            ),
+        )
 
 
 class _Followed:

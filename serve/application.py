@@ -38,7 +38,7 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
     environment = {**ACTOR_ENVIRONMENT}
     if config.threads_per_replica:
         environment["OMP_NUM_THREADS"] = str(config.threads_per_replica)
-    check_sources(config.speculation, model)
+    check_sources(config.speculation, model, config.engine.name)
     engine = replace(
         config.engine.engine_config(config.threads_per_replica),
         speculation=config.speculation.speculation_config(),

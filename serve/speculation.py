@@ -10,7 +10,7 @@ import ray
 from pyarrow import fs
 
 from thornback.contracts import DataError, ModelError, Retriever
-from thornback.engine.draft_files import holds_head, is_hub_name, read_draft_config
+from thornback.engine.draft_files import holds_head, is_hub_name, read_draft_config, refuse_head
 from thornback.serve.config import SpeculationSection
 from thornback.serve.model_source import TOKENIZER_FILES
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:  # else where it is used: it brings numba along, which a serve
 _ATTEMPTS, _TIMEOUT_S = 3, 120.0
 
 
-def check_sources(section: SpeculationSection, model: str) -> None:
+def check_sources(section: SpeculationSection, model: str, engine: str) -> None:
     """Raise `DataError` or `ModelError` for a datastore or a draft that is damaged, or made for another model than the
     directory `model`; a small model must have the same tokenizer. Models of the hub, and drafts of the hub, are
-    compared when a replica has loaded them, by their vocabulary's size."""
+    compared when a replica has loaded them, by their vocabulary's size. `ConfigError`: the engine of this name cannot
+    guess by such a draft."""
     config = _config_of(model)
     if section.datastore:
         from thornback.data import Datastore, tokenizer_fingerprint
@@ -32,6 +33,8 @@ def check_sources(section: SpeculationSection, model: str) -> None:
         Datastore.open(section.datastore, vocab_size, fingerprint)
     if section.draft and not is_hub_name(section.draft):
         head = holds_head(read_draft_config(section.draft, config))
+        if engine == "vllm":
+            refuse_head(section.draft)
         if config and not head:
             _compare_tokens(section.draft, model)
 

@@ -74,10 +74,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"algorithm.estimator: {self.algorithm.estimator} needs reference anchors; add an `anchors:` section"
             )
-        if self.rollout.speculate != "off" and self.rollout.engine != "torch":
+        if self.rollout.speculate != "off" and self.rollout.engine not in ("torch", "vllm", "auto"):
             raise ValueError(
                 f"rollout.speculate: the engine {self.rollout.engine} does not speculate; take rollout.engine=torch, "
                 "or set rollout.speculate=off"
+            )
+        if self.rollout.speculate != "off" and self.rollout.rasd.draft and self.rollout.engine == "vllm":
+            raise ValueError(
+                "rollout.rasd.draft: vLLM shows a draft head no hidden states; take rollout.engine=torch, or leave the "
+                "draft out"
             )
         if self.rollout.speculate != "off" and self.rollout.max_staleness:
             raise ValueError(

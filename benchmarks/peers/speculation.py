@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import cycle
+from itertools import count, cycle
 from typing import Any
 
 import numpy as np
@@ -39,14 +39,21 @@ def _report(turns: TurnTaker, prompts: Prompts, per_turn: int, answer: Callable[
 
 
 def make_engine(
-    model: str, source: str, draft: str, datastore: str, num_nodes: int, adaptive: bool, threads: int
+    model: str,
+    source: str,
+    draft: str,
+    datastore: str,
+    num_nodes: int,
+    adaptive: bool,
+    threads: int,
+    engine: str = "torch",
 ) -> tuple[Any, dict[str, float]]:
-    """An engine, and the seconds that its sources take, as they add up."""
+    """An engine of this name, and the seconds that its sources take, as they add up. vLLM asks no draft head."""
     from thornback.contracts import EngineConfig, SpeculationConfig
     from thornback.data import Datastore, PromptLookup
     from thornback.engine import TorchEngine
 
-    uses = SOURCES[source]
+    uses = SOURCES[source] if engine == "torch" else SOURCES[source].replace("d", "")
     clock = {"retrieval": 0.0, "drafting": 0.0}
     retrievers: list[Any] = [PromptLookup()] if "p" in uses else []
     if "r" in uses:
@@ -55,10 +62,14 @@ def make_engine(
         retriever.retrieve_all = _timed(retriever.retrieve_all, clock, "retrieval")
     speculation = SpeculationConfig(num_nodes=num_nodes, adaptive=adaptive, draft=draft if "d" in uses else "")
     config = EngineConfig(num_threads=threads, speculation=speculation if uses else None)
-    engine = TorchEngine(model, config, tuple(retrievers))
-    if engine.drafter is not None:
-        engine.drafter.propose = _timed(engine.drafter.propose, clock, "drafting")
-    return engine, clock
+    if engine == "vllm":
+        from thornback.engine.vllm_engine import VllmEngine
+
+        return VllmEngine(model, config, tuple(retrievers)), clock
+    made = TorchEngine(model, config, tuple(retrievers))
+    if made.drafter is not None:
+        made.drafter.propose = _timed(made.drafter.propose, clock, "drafting")
+    return made, clock
 
 
 def thornback(turns: TurnTaker, prompts: Prompts, per_turn: int, new_tokens: int, **made_of: Any) -> None:
@@ -72,7 +83,7 @@ def thornback(turns: TurnTaker, prompts: Prompts, per_turn: int, new_tokens: int
         sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0)
         engine.add_request(Request("a", tuple(prompt), sampling))
         tokens: list[int] = []
-        passes = 0  # those that decode: a prompt's are the same for all
+        passes = 0
         started = time.perf_counter()
         while engine.has_unfinished_requests():
             passes += bool(tokens)
@@ -81,12 +92,9 @@ def thornback(turns: TurnTaker, prompts: Prompts, per_turn: int, new_tokens: int
         seconds = time.perf_counter() - started
         after = engine.speculation.stats
         return {
+            **_counts(tokens, passes),
             "seconds": seconds,
-            "tokens": len(tokens),
-            "decoded": len(tokens) - 1,
-            "passes": passes,
             "nodes": 0 if before is None or after is None else after.num_draft_tokens - before.num_draft_tokens,
-            "checksum": zlib.crc32(np.asarray(tokens, np.int32).tobytes()),
             **{name: clock[name] - clocks[name] for name in clock},
         }
 
@@ -121,6 +129,12 @@ def batches(
         turns.report(**{f"seconds {size}": seconds, f"tokens {size}": tokens})
 
 
+def _counts(tokens: list[int], passes: int) -> dict[str, float]:
+    """Of one answer. `passes`: those that decode, since a prompt's are the same for all."""
+    checksum = zlib.crc32(np.asarray(tokens, np.int32).tobytes())
+    return {"tokens": len(tokens), "decoded": len(tokens) - 1, "passes": passes, "checksum": checksum}
+
+
 def _timed(function: Callable[..., Any], clock: dict[str, float], name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         started = time.perf_counter()
@@ -137,6 +151,7 @@ def vllm(
 ) -> None:
     """`method`: vLLM's `speculative_config`, or None."""
     from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
 
     longest = max(len(p) for of_task in prompts.values() for p in of_task)
     llm = LLM(
@@ -148,11 +163,22 @@ def vllm(
         disable_log_stats=True,
         speculative_config=method,
     )
-    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, detokenize=False)
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=new_tokens, detokenize=False, output_kind=RequestOutputKind.DELTA
+    )
+    number = count()
 
     def answer(prompt: list[int]) -> dict[str, float]:
-        (output,) = llm.generate([TokensPrompt(prompt_token_ids=prompt)], sampling, use_tqdm=False)
-        return {"tokens": len(output.outputs[0].token_ids)}
+        tokens: list[int] = []
+        engine, passes = llm.llm_engine, 0
+        started = time.perf_counter()
+        engine.add_request(str(next(number)), TokensPrompt(prompt_token_ids=prompt), sampling)
+        while engine.has_unfinished_requests():
+            passes += bool(tokens)
+            for output in engine.step():
+                tokens += output.outputs[0].token_ids
+        seconds = time.perf_counter() - started
+        return {**_counts(tokens, passes), "seconds": seconds}
 
     _report(turns, prompts, per_turn, answer)
 

@@ -14,7 +14,7 @@ from tests.actors.test_episodes import SAMPLING as TURNS
 from thornback.actors import EpisodeSpec, PromptShard, RolloutSpec
 from thornback.actors.groups import GroupPlayer
 from thornback.actors.rollout_worker import RolloutWorkerCore
-from thornback.contracts import ConfigError, EngineConfig, RolloutBatch
+from thornback.contracts import ConfigError, EngineConfig, RolloutBatch, SpeculationConfig
 from thornback.data import load_tokenizer, render_prompt
 
 pytestmark = [
@@ -28,11 +28,21 @@ def model(tiny_model):
     return tiny_model("qwen3", head_dim=32)
 
 
-def worker(model, engine: str, episodes: EpisodeSpec | None = None, **options) -> RolloutWorkerCore:
-    config = EngineConfig(max_num_seqs=16, max_model_len=256, kv_cache_memory_bytes=1 << 28)
-    spec = RolloutSpec(str(model), engine, config, options, num_threads=1, episodes=episodes)
+_kept: list[RolloutWorkerCore] = []  # vLLM's engines of a process share what the first to go takes down
+
+
+def worker(
+    model, engine: str, episodes: EpisodeSpec | None = None, speculation: SpeculationConfig | None = None, **options
+) -> RolloutWorkerCore:
+    config = EngineConfig(max_num_seqs=16, max_model_len=256, kv_cache_memory_bytes=1 << 28, speculation=speculation)
+    memory = 1 << 20 if speculation else 0
+    spec = RolloutSpec(
+        str(model), engine=engine, engine_config=config, engine_options=options,
+        num_threads=1, memory_tokens=memory, episodes=episodes,
+    )  # fmt: skip
     core = RolloutWorkerCore(spec)
     core.setup()
+    _kept.append(core)
     return core
 
 
@@ -91,6 +101,21 @@ def test_episodes_are_those_of_the_torch_engine(model, by_vllm) -> None:
     wanted, _ = worker(model, "torch", EpisodeSpec(Echo)).generate(shard, TURNS, 0, PROMPTS)
     assert (wanted.loss_mask == 0).any(), "the environment said nothing"
     same(got, wanted)
+
+
+def test_guesses_from_earlier_rollouts_change_none(model) -> None:
+    wanted, _ = worker(model, "torch").generate(SHARD, SAMPLING, 0)
+    speculation = SpeculationConfig(num_nodes=8, max_sequences=16)
+    core = worker(model, "vllm", speculation=speculation)
+    core.recall(((-16, 1.0), (-1, 1.0), (0, 0.0), (1, 1.0), (128, 1.1)), None)
+    same(core.generate(SHARD, SAMPLING, 0)[0], wanted)
+    core.remember(wanted)
+    batch, report = core.generate(SHARD, SAMPLING, 0)
+    same(batch, wanted)
+    assert report.speculation.num_accepted_tokens > report.num_tokens / 3
+    again, repeated = core.generate(SHARD, SAMPLING, 0)
+    np.testing.assert_array_equal(batch.logprobs, again.logprobs)  # guesses are a function of what is known
+    assert report.speculation == repeated.speculation
 
 
 def test_wrong_options_are_told(model) -> None:

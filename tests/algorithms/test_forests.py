@@ -13,6 +13,7 @@ from thornback.algorithms import (
     agreement,
     are_trees,
     best_size,
+    chains,
     choose,
     fuse_all,
     learn_all,
@@ -88,6 +89,21 @@ def test_fusion(drawn) -> None:
             trees.append((tokens, parents, weights))
         for mine, alone in zip(found, fused(*trees, num_nodes=10, max_depth=4), strict=True):
             np.testing.assert_allclose(mine, alone, rtol=1e-5)
+
+
+@given(forests())
+def test_the_best_chain_of_each(drawn) -> None:
+    tokens, parents, chances, stops = fused_all(drawn)
+    *columns, ends = chains(tokens, parents, chances, stops)
+    every = parts((tokens, parents, chances), stops)
+    for (t, p, c), (all_t, all_p, all_c) in zip(parts(columns, ends), every, strict=True):
+        np.testing.assert_array_equal(p, np.arange(-1, len(t) - 1))
+        lines = [[]]  # every path from the root down
+        for node in range(len(all_t)):
+            above = next(line for line in lines if (line[-1] if line else -1) == all_p[node])
+            lines.append([*above, node])
+        assert all_t[walk(all_t, all_p, t.tolist())].tolist() == t.tolist()
+        np.testing.assert_allclose(c.sum(), max(all_c[line].sum() for line in lines), rtol=1e-5)
 
 
 @given(forests())

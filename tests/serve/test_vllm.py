@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import time
 
 import pytest
 
@@ -89,5 +90,24 @@ def test_split_serving_is_refused_before_anything_starts(models):
     from thornback.contracts import ConfigError
     from thornback.serve.config import serve_config
 
-    with pytest.raises(ConfigError, match="neither hands keys"):
+    with pytest.raises(ConfigError, match="hands no keys"):
         serve_config(model=str(models[0]), prefill_replicas=1, engine={"name": "vllm"})
+
+
+def test_guesses_change_no_text(serve, models, tmp_path):
+    sampling = SamplingParams(n=2, max_tokens=48, ignore_eos=True, seed=5, temperature=0.9)
+    wanted = texts(models[0], sampling)
+    server = serve(
+        models[0],
+        *("--engine", "vllm", "--speculate", "rasd", f"served_model_name={MODEL}", "threads_per_replica=1"),
+        *("engine.max_model_len=2048", "speculation.adaptive=false", "speculation.learn_from_traffic=true"),
+    )
+    for _ in range(2):  # what was said the first time is known the second
+        answer = ask(server, n=2, max_tokens=48, temperature=0.9)
+        assert [choice.text for choice in answer.choices] == wanted
+        time.sleep(1.5)
+    drafts, tokens, accepted = (
+        server.metric(f"vllm:spec_decode_num_{name}_total") for name in ("drafts", "draft_tokens", "accepted_tokens")
+    )
+    assert 0 < drafts < 2 * 2 * 48
+    assert 48 < accepted <= tokens

@@ -47,6 +47,7 @@ def test_configuration_survives_its_own_file(tmp_path):
         ("rollout.speculate=rast", ["rollout.speculate", "'rasd'"]),
         ("rollout.rasd.num_nodes=64", ['"rollout.rasd.num_nodes" is 64', "less than or equal to 63"]),
         ("rollout={speculate: rasd, engine: my.package:engine}", ["my.package:engine does not speculate"]),
+        ("rollout={speculate: rasd, engine: vllm, rasd: {draft: head}}", ["rollout.rasd.draft", "no hidden states"]),
         ("learner.max_grad_norm=.nan", ["finite"]),
         ("learner=3", ['"learner" is 3', "section"]),
         ("learner", ["key=value"]),
