@@ -43,7 +43,7 @@ demo: venv
 
 # What computes on one core goes two at a time; what starts Ray has the machine for itself.
 ONE_CORE = tests/algorithms tests/contracts tests/engine
-VLLM_TESTS = tests/engine/test_vllm_engine.py tests/engine/test_vllm_speculation.py tests/actors/test_vllm_rollouts.py tests/serve/test_vllm.py
+VLLM_TESTS = $(addprefix tests/engine/test_vllm_,engine.py speculation.py hand_over.py) tests/actors/test_vllm_rollouts.py tests/serve/test_vllm.py
 define run_tests
 	$(BIN)/python -m pytest -m $(1) -n 2 $(ONE_CORE)
 	$(BIN)/python -m pytest -m $(1) $(ONE_CORE:%=--ignore=%)

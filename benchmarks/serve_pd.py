@@ -1,4 +1,5 @@
-"""Prompts and answers by replicas of their own: ours beside Ray Serve LLM's with vLLM and NIXL, and both unsplit.
+"""Prompts and answers by replicas of their own: ours, with our engine and with vLLM, beside Ray Serve LLM's with vLLM
+and NIXL; and all of them unsplit.
 
 One machine, the same tiny model, one replica for prompts and one for answers (unsplit: one for both), a thread each.
 Every server has the machine for itself, is started anew in every round, and is asked by a client in another process,
@@ -9,6 +10,8 @@ later the second token comes than from the same server unsplit, which is what it
 prompt to the one that follows it elsewhere (where the first token is sent from is no matter then). `ttft`: time to
 the first token. `overhead`, `overhead_p90`: seconds of a request beyond those of a call of the engine alone. `tpot`:
 seconds between tokens, `throughput`: requests a second with eight at a time; `startup`: seconds until the first answer.
+`vllm_handover`, `vllm_ttft`, `vllm_tpot`, `vllm_throughput`: the same with vLLM under ours too, where
+one engine is served in two ways.
 """
 
 from __future__ import annotations
@@ -35,9 +38,11 @@ LOAD = Load(num_requests=24, at_once=1, prompt_tokens=448, output_tokens=32, voc
 QUICK_LOAD = replace(LOAD, num_requests=4)
 AT_ONCE = (1, 8)
 ROUNDS, QUICK_ROUNDS = 3, 1
-OURS, OURS_WHOLE, THEIRS, THEIRS_WHOLE = SYSTEMS = (
+OURS, OURS_WHOLE, VLLM, VLLM_WHOLE, THEIRS, THEIRS_WHOLE = SYSTEMS = (
     "thornback split",
     "thornback",
+    "thornback with vLLM split",
+    "thornback with vLLM",
     "Ray Serve LLM split",
     "Ray Serve LLM",
 )
@@ -83,14 +88,15 @@ def ratios(rows: list[dict[str, Any]], engines: dict[str, dict[str, float]]) -> 
     def of(system: str, name: str, at_once: int = 1) -> float:
         return median(r[name] for r in rows if r["system"] == system and r["at_once"] == at_once)
 
-    found = {
-        "handover": (of(OURS, "second") - of(OURS_WHOLE, "second"))
-        / (of(THEIRS, "second") - of(THEIRS_WHOLE, "second")),
-        "ttft": of(OURS, "ttft") / of(THEIRS, "ttft"),
-        "tpot": of(OURS, "tpot") / of(THEIRS, "tpot"),
-        "throughput": of(OURS, "requests_per_second", 8) / of(THEIRS, "requests_per_second", 8),
-        "startup": of(OURS, "startup") / of(THEIRS, "startup"),
-    }
+    theirs, found = of(THEIRS, "second") - of(THEIRS_WHOLE, "second"), {}
+    for kind, split, whole in (("", OURS, OURS_WHOLE), ("vllm_", VLLM, VLLM_WHOLE)):
+        found |= {
+            f"{kind}handover": (of(split, "second") - of(whole, "second")) / theirs,
+            f"{kind}ttft": of(split, "ttft") / of(THEIRS, "ttft"),
+            f"{kind}tpot": of(split, "tpot") / of(THEIRS, "tpot"),
+            f"{kind}throughput": of(split, "requests_per_second", 8) / of(THEIRS, "requests_per_second", 8),
+        }
+    found["startup"] = of(OURS, "startup") / of(THEIRS, "startup")
     for name, share in (("overhead", "p50"), ("overhead_p90", "p90")):
         ours = of(OURS, share) - engines["thornback"][share]
         found[name] = ours / (of(THEIRS, share) - engines["vLLM"][share])
@@ -113,11 +119,12 @@ def server(system: str, model: str) -> Iterator[tuple[str, float]]:
     """Where it answers, and the seconds until it did."""
     port = free_port("127.0.0.1", 0)
     split = system.endswith("split")
-    if system in (OURS, OURS_WHOLE):
+    if system in (OURS, OURS_WHOLE, VLLM, VLLM_WHOLE):
         command = [
             *("thornback", "serve", model, f"served_model_name={NAME}", "threads_per_replica=1"),
             *(f"engine.max_model_len={MAX_MODEL_LEN}", f"engine.max_num_seqs={MAX_NUM_SEQS}", f"port={port}"),
             *(("--pd", "split_tokens=1") if split else ()),
+            *(("--engine", "vllm") if system in (VLLM, VLLM_WHOLE) else ()),
         ]
     else:
         command = ["benchmarks.peers.ray_serve_llm", model, str(port), *(("pd",) if split else ())]

@@ -32,7 +32,8 @@ class KVExport:
     `location` names the pool for a transport (where its shared memory is mapped from, or "" for this process).
     `block_shape` is `(num_layers, 2, kv_heads, block_size, head_dim)`; both pools must agree on it, except that the
     layers may end with a draft head's, which has read `num_drafted_tokens`; `hidden` `[H]` is the last hidden state,
-    from which it goes on. What a small model that drafts has read stays behind: it reads the tokens again.
+    from which it goes on. What a small model that drafts has read stays behind: it reads the tokens again. `layout`
+    names how a block is laid out where that is not the torch engine's way, and must agree, too.
     """
 
     request_id: str
@@ -46,6 +47,7 @@ class KVExport:
     weight_version: int
     num_drafted_tokens: int = 0
     hidden: np.ndarray | None = field(default=None, repr=False)
+    layout: str = ""
 
 
 @dataclass(frozen=True, slots=True)

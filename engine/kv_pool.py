@@ -31,7 +31,9 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
         location: str = "",
+        layout: str = "",
     ) -> None:
+        """`layout`: see `KVExport`."""
         if location and device.type != "cpu":
             raise ConfigError(
                 f"A pool of keys and values on {device} cannot be shared between processes yet: serve without prefill "
@@ -39,7 +41,7 @@ class KVPool:
             )
         shape = (num_blocks, *block_shape)
         self.location = _anonymous() if location == SHARED else location
-        self.block_shape = block_shape
+        self.block_shape, self.layout = block_shape, layout
         self.dtype = dtype_name(dtype)
         if location:
             size, path = int(np.prod(shape)), self.location.partition("#")[0]

@@ -100,10 +100,11 @@ def block_bytes(export: KVExport) -> int:
 
 
 def _check(export: KVExport, pool: KVPool) -> None:
-    if (export.dtype, export.block_shape[1:]) != (pool.dtype, pool.block_shape[1:]):
+    theirs, ours = ((side.dtype, side.block_shape[1:], side.layout or "the torch engine's") for side in (export, pool))
+    if theirs != ours:
         raise TransferFailed(
-            f"Keys and values of {export.dtype} {export.block_shape} do not fit a pool of {pool.dtype} "
-            f"{pool.block_shape}; serve one model with one block_size and dtype."
+            f"Keys and values of {theirs} do not fit a pool of {ours}: serve one model with one engine, block_size and "
+            "dtype, on machines of one kind."
         )
 
 

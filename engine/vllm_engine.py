@@ -1,8 +1,8 @@
 """vLLM behind the `Engine` contract, in this process (vLLM 0.32).
 
-Tokens are drawn by position (vllm_worker.py), so that a seed gives what it gives under the torch engine. What it
-does not do is refused: handing keys and values over between engines. It verifies chains where the torch engine verifies
-trees (vllm_speculation.py).
+Tokens are drawn by position (vllm_worker.py), so that a seed gives what it gives under the torch engine. It verifies
+chains where the torch engine verifies trees (vllm_speculation.py), and hands keys and values over by a pool beside its
+own cache (vllm_connector.py).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -32,6 +33,7 @@ from thornback.contracts import (
     SamplingParams,
     WeightView,
 )
+from thornback.engine.kv_pool import KVPool
 from thornback.engine.model_runner import fresh_seeds
 from thornback.engine.pass_costs import Costs
 from thornback.engine.requests import check_request
@@ -39,6 +41,7 @@ from thornback.engine.speculation import Speculation
 from thornback.engine.step_trials import time_steps
 from thornback.engine.structured import GrammarCompiler
 from thornback.engine.vllm_speculation import make_drafter, speculative_config
+from thornback.engine.vllm_staging import Staging
 from thornback.engine.weights import TORCH_DTYPES
 
 # Read when vLLM is imported: one process, whose cores other actors share, and the model runner whose sampler is ours.
@@ -83,8 +86,11 @@ class VllmEngine:
         from thornback.engine.vllm_worker import eos_of
 
         _check_options(options, [f.name for f in fields(EngineArgs)])
-        if config.speculation is not None and options.get("tensor_parallel_size", 1) > 1:
-            raise ConfigError("vLLM's workers cannot share guesses; leave speculation out, or take one of them.")
+        if options.get("tensor_parallel_size", 1) > 1 and (config.speculation or config.kv_location):
+            raise ConfigError(
+                "Several workers of vLLM share neither guesses nor what they hand over: leave speculation and prefill "
+                "replicas out, or take tensor_parallel_size=1."
+            )
         _show_no_names()
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
         arguments: dict[str, Any] = {
@@ -105,6 +111,12 @@ class VllmEngine:
         }
         if config.speculation is not None:
             arguments["speculative_config"] = speculative_config(config.speculation)
+        if config.kv_location:
+            arguments["kv_transfer_config"] = {
+                "kv_connector": "FlowKVConnector",
+                "kv_connector_module_path": "thornback.engine.vllm_connector",
+                "kv_role": "kv_both",
+            }
         if "gpu_memory_utilization" in options:  # which sizes the cache only where nothing else does
             del arguments["kv_cache_memory_bytes"]
         self._adapters = {name: number for number, (name, _) in enumerate(config.adapters, start=1)}
@@ -128,6 +140,8 @@ class VllmEngine:
         self._version = 0
         self._num_flushes = 0
         self._paused = False
+        self.staging = Staging(self._llm, config, self.max_model_len) if config.kv_location else None
+        self._waiting: deque[Request] = deque()  # for a place for what they are to hand over
         self._speculation = Speculation(None, (), None, self.max_model_len, self.vocab_size)
         if config.speculation is not None:
             of_model = self.vocab_size, self.max_model_len
@@ -172,11 +186,29 @@ class VllmEngine:
         check_request(request, self.vocab_size, self.max_model_len, self._adapters)
         if request.request_id in self._names:
             raise InvalidRequest(f"Request id {request.request_id} is in use; ids must be unique while they run.")
-        if request.export_kv or kv is not None:
-            raise InvalidRequest("The vLLM engine hands no keys and values over; use the torch engine for that.")
+        if (request.export_kv or kv is not None) and self.staging is None:
+            raise InvalidRequest("This engine hands no keys and values over: it was made without a kv_location.")
+        if request.sampling.json_schema is not None:
+            self._check_schema(request.sampling.json_schema)
+        if request.export_kv:
+            self._names[request.request_id] = []
+            self._waiting.append(request)
+            self._begin_exports()
+            return
+        params = self.staging.receive(request, kv, self._version) if self.staging is not None else None
+        self._begin(request, params)
+
+    def _begin_exports(self) -> None:
+        """Begin requests that hand over, as far as there is room for that."""
+        while self._waiting:
+            assert self.staging is not None
+            params = self.staging.prepare(self._waiting[0])
+            if params is None:
+                return
+            self._begin(self._waiting.popleft(), params)
+
+    def _begin(self, request: Request, kv_transfer_params: dict[str, Any] | None) -> None:
         sampling, before = request.sampling, request.output_token_ids
-        if sampling.json_schema is not None:
-            self._check_schema(sampling.json_schema)
         seed = next(self._seeds) if sampling.seed is None else sampling.seed
         stops = self._eos.union(sampling.stop_token_ids) if not sampling.ignore_eos else {*sampling.stop_token_ids}
         stops = {token for token in stops if 0 <= token < self.vocab_size}  # vLLM refuses others
@@ -188,6 +220,9 @@ class VllmEngine:
         rendered = self._llm.renderer.render_cmpl([prompt])[0]
         for index in range(sampling.n):
             params = _sampling_params(sampling, stops, (seed + index) % (1 << 64), len(before))
+            params.extra_args["kv_transfer_params"] = kv_transfer_params
+            if request.export_kv:
+                params.max_tokens = 1
             name = f"{self._num_requests}/{index}"
             try:
                 self._llm.add_request(name, rendered, params, lora_request=self._adapter(request.adapter))
@@ -215,11 +250,17 @@ class VllmEngine:
         for name in gone:
             del self._samples[name]
         self._llm.abort_request(gone)
+        if self.staging is not None:
+            self.staging.forget(request_id)
+            self._waiting = deque(request for request in self._waiting if request.request_id != request_id)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._samples)
+        return bool(self._names)
 
     def step(self) -> list[Output]:
+        if self.staging is not None:
+            self.staging.expire()
+            self._begin_exports()
         if self._paused or not self._samples:
             return []
         return [self._output(result) for result in self._llm.step()]
@@ -228,22 +269,33 @@ class VllmEngine:
         """Of one of vLLM's `RequestOutput`s, which carries the new tokens only."""
         (new,) = result.outputs
         sample = self._samples[result.request_id]
+        request, sampling = sample.request, sample.request.sampling
+        reason, export = new.finish_reason, None
+        if self.staging is not None:
+            if request.export_kv and reason == "length" and self._goes_on(request):
+                reason, export = None, self.staging.export(request, new.token_ids, self._version)
+            self.staging.forget(request.request_id)
         if new.finish_reason is not None:
             self._forget(result.request_id)
-        sampling = sample.request.sampling
         tables = list(zip(new.token_ids, new.logprobs, strict=True))
         scores = result.prompt_logprobs
         return Output(
-            request_id=sample.request.request_id,
+            request_id=request.request_id,
             token_ids=list(new.token_ids),
             logprobs=[float(table[token].logprob) for token, table in tables],
             index=sample.index,
-            finish_reason=new.finish_reason,
+            finish_reason=reason,
             weight_version=self._version,
             num_cached_tokens=result.num_cached_tokens or 0,
             top_logprobs=None if sampling.logprobs is None else [_ranked(t, sampling.logprobs) for _, t in tables],
-            prompt_logprobs=_prompt_scores(sample.request, scores) if scores else None,
+            prompt_logprobs=_prompt_scores(request, scores) if scores else None,
+            kv=export,
         )
+
+    def _goes_on(self, request: Request) -> bool:
+        """Whether a request that has had one token now may have more."""
+        said = len(request.output_token_ids) + 1
+        return said < request.sampling.max_tokens and len(request.prompt_token_ids) + said < self.max_model_len
 
     def _forget(self, name: str) -> None:
         request_id = self._samples.pop(name).request.request_id
@@ -251,11 +303,18 @@ class VllmEngine:
         if not self._names[request_id]:
             del self._names[request_id]
 
+    @property
+    def pool(self) -> KVPool:
+        """Where transports read and write."""
+        assert self.staging is not None, "made without a kv_location"
+        return self.staging.pool
+
     def reserve(self, num_tokens: int) -> Reservation | None:
-        return None  # it takes no hand-overs
+        return None if self.staging is None else self.staging.reserve(num_tokens)
 
     def release(self, lease: Lease) -> None:
-        raise InvalidRequest(f"The vLLM engine hands no keys and values out, so it knows no lease {lease.lease_id}.")
+        if self.staging is not None:
+            self.staging.release(lease)
 
     def load_weights(self, weights: WeightView, version: int, in_flight: InFlight = "finish") -> None:
         """vLLM copies the weights into its own layout; it cannot map the buffer."""
@@ -275,6 +334,8 @@ class VllmEngine:
         elif self._samples:  # what waits has its salt already
             pool = self._llm.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
             pool.evict_blocks({block.block_id for block in pool.blocks if block.block_hash is not None})
+        for waiting in self._llm.engine_core.engine_core.scheduler.waiting:
+            (waiting.kv_transfer_params or {}).pop("load", None)  # what has come for it is of other weights
         self._version = version
         self.flush_prefix_cache()  # a run that goes back to a checkpoint uses its versions again
 
@@ -300,9 +361,10 @@ class VllmEngine:
         pool = scheduler.kv_cache_manager.block_pool
         return EngineLoad(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(scheduler.waiting) + len(self._waiting),
             num_preempted=0,
-            num_waiting_tokens=sum(request.num_tokens for request in scheduler.waiting),
+            num_waiting_tokens=sum(request.num_tokens for request in scheduler.waiting)
+            + sum(len(request.prompt_token_ids) for request in self._waiting),
             num_free_blocks=pool.get_num_free_blocks(),
             num_blocks=pool.num_gpu_blocks - 1,  # vLLM keeps one for itself
             weight_version=self._version,

@@ -38,6 +38,24 @@ class WorkerExtension:
     def draw_by_position(self) -> None:
         self.model_runner.sampler = PositionalSampler(self.model_runner)
 
+    def kv_layout(self) -> tuple[tuple[int, ...], torch.dtype, str]:
+        """Of a block on its way between engines: its shape, type, and by whose rules it is laid out."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        connector: Any = get_kv_transfer_group()
+        layers = self.model_runner.compilation_config.static_forward_context.values()
+        ways = {getattr(layer, "isa", "") for layer in layers} | {
+            group.backend.get_name() for groups in self.model_runner.attn_groups for group in groups
+        }
+        return connector.block_shape, connector.dtype, " ".join(("vLLM's", *sorted(filter(None, ways))))
+
+    def stage(self, pool: torch.Tensor) -> None:
+        """Hand keys and values over by this pool; see `FlowKVConnector`."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        connector: Any = get_kv_transfer_group()
+        connector.stage(pool)
+
     def speculate(self, speculation: Speculation, blocks: BlockManager | None) -> None:
         """Guess and verify by this, and by draws by position; see `ChainProposer.serve`."""
         runner = self.model_runner

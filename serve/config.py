@@ -162,10 +162,6 @@ None: everybody may ask."""
         for most, least in (("max_replicas", "num_replicas"), ("max_prefill_replicas", "prefill_replicas")):
             if getattr(self, most) is not None and getattr(self, most) < getattr(self, least):
                 raise ValueError(f"{most} is {getattr(self, most)}, but {least} is {getattr(self, least)}")
-        if self.engine.name == "vllm" and self.prefill_replicas:
-            raise ValueError(
-                "the engine vllm hands no keys and values over; leave prefill_replicas out, or take engine.name=torch"
-            )
         if self.engine.name == "torch" and self.engine.options:
             raise ValueError("engine.options are arguments of other engines; the torch engine has none")
         if self.max_prefill_replicas and not self.prefill_replicas:

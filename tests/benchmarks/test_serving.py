@@ -84,6 +84,8 @@ def test_ratios_of_serve_pd():
     times = {
         serve_pd.OURS: (0.10, 0.12, 0.5, 10.0),
         serve_pd.OURS_WHOLE: (0.09, 0.11, 0.4, 8.0),
+        serve_pd.VLLM: (0.15, 0.185, 0.6, 20.0),
+        serve_pd.VLLM_WHOLE: (0.14, 0.165, 0.5, 18.0),
         serve_pd.THEIRS: (0.20, 0.24, 0.8, 40.0),
         serve_pd.THEIRS_WHOLE: (0.15, 0.19, 0.6, 30.0),
     }
@@ -97,6 +99,8 @@ def test_ratios_of_serve_pd():
     found = serve_pd.ratios(rows, engines)
     assert found["handover"] == pytest.approx(0.01 / 0.05)
     assert found["ttft"] == pytest.approx(0.5)
+    assert found["vllm_handover"] == pytest.approx(0.02 / 0.05)
+    assert found["vllm_ttft"] == pytest.approx(0.75)
     assert found["overhead"] == pytest.approx(0.2 / 0.4)
     assert found["overhead_p90"] == pytest.approx(0.6 / 1.2)
     assert found["throughput"] == pytest.approx(0.8 / 0.5)

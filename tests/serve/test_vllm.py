@@ -10,6 +10,8 @@ import time
 import pytest
 
 from tests.serve.conftest import MODEL, make_byte_model
+from tests.serve.test_split import answers, check_same, mixed_requests
+from tests.serve.test_split_faults import check_back_to_normal, under_load
 from thornback.contracts import EngineConfig, Request, SamplingParams
 
 pytestmark = [
@@ -72,12 +74,6 @@ def test_a_stream_goes_on_with_another_replica(server, models):
         assert [text] == texts(models[0], SamplingParams(max_tokens=1200, ignore_eos=True, seed=seed))
 
 
-def test_other_weights_answer(server, models):
-    answer = server.http().post("/update_weights_from_disk", json={"model_path": str(models[1])}, timeout=120)
-    assert answer.status_code == 200, answer.text
-    assert [ask(server).choices[0].text] == texts(models[1], SamplingParams(max_tokens=24, ignore_eos=True, seed=5))
-
-
 def test_a_schema_is_followed(server):
     answer = server.client().chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": "a"}], max_tokens=20, seed=1,
@@ -86,12 +82,30 @@ def test_a_schema_is_followed(server):
     assert answer.choices[0].message.content.lstrip().startswith("{")
 
 
-def test_split_serving_is_refused_before_anything_starts(models):
-    from thornback.contracts import ConfigError
-    from thornback.serve.config import serve_config
+@pytest.fixture(scope="module")
+def split(serve, models):
+    return serve(
+        models[0],
+        *("--pd", "--engine", "vllm", f"served_model_name={MODEL}", "threads_per_replica=1", "split_tokens=8"),
+        *("engine.max_model_len=1024", "engine.kv_cache_memory_bytes=16000000"),
+    )
 
-    with pytest.raises(ConfigError, match="hands no keys"):
-        serve_config(model=str(models[0]), prefill_replicas=1, engine={"name": "vllm"})
+
+def test_split_serving_says_what_one_replica_says(split, server):
+    check_same(split, server, mixed_requests(60))
+
+
+def test_a_prefill_replica_that_is_killed_changes_no_answer(split, server):
+    requests = [
+        {**r, "stream": True, "max_tokens": max(12, r["max_tokens"])} for r in mixed_requests(160) if "n" not in r
+    ]
+    wanted = answers(server, requests, 16)
+    (victim,) = split.replica_pids("Prefill")
+    lost = {engine for engine in split.engines() if engine.startswith("Prefill")}
+    results, late = under_load(split, requests, lambda: os.kill(victim, signal.SIGKILL))
+    assert not late
+    assert sum(got != want for got, want in zip(results, wanted, strict=True)) <= len(requests) // 100
+    check_back_to_normal(split, requests, answers(server, requests[:40], 16), lost)
 
 
 def test_guesses_change_no_text(serve, models, tmp_path):
@@ -111,3 +125,10 @@ def test_guesses_change_no_text(serve, models, tmp_path):
     )
     assert 0 < drafts < 2 * 2 * 48
     assert 48 < accepted <= tokens
+
+
+def test_other_weights_answer(server, models):
+    """The last one: the server goes on with them."""
+    answer = server.http().post("/update_weights_from_disk", json={"model_path": str(models[1])}, timeout=120)
+    assert answer.status_code == 200, answer.text
+    assert [ask(server).choices[0].text] == texts(models[1], SamplingParams(max_tokens=24, ignore_eos=True, seed=5))
