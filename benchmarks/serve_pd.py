@@ -88,7 +88,7 @@ def ratios(rows: list[dict[str, Any]], engines: dict[str, dict[str, float]]) -> 
     def of(system: str, name: str, at_once: int = 1) -> float:
         return median(r[name] for r in rows if r["system"] == system and r["at_once"] == at_once)
 
-    theirs, found = of(THEIRS, "second") - of(THEIRS_WHOLE, "second"), {}
+    theirs, found = of(THEIRS, "second") - of(THEIRS_WHOLE, "second"), dict[str, float]()
     for kind, split, whole in (("", OURS, OURS_WHOLE), ("vllm_", VLLM, VLLM_WHOLE)):
         found |= {
             f"{kind}handover": (of(split, "second") - of(whole, "second")) / theirs,
