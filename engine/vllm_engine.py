@@ -92,7 +92,12 @@ class VllmEngine:
                 "replicas out, or take tensor_parallel_size=1."
             )
         _show_no_names()
-        on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+        on_cpu = _is_cpu_build()
+        if config.device not in ("auto", "cpu" if on_cpu else "cuda"):
+            raise ConfigError(
+                f"This vLLM was built for {'CPUs' if on_cpu else 'GPUs'} and runs on nothing else, but device is "
+                f"{config.device}; leave it out, install the other build (docs/vllm.md), or take the torch engine."
+            )
         arguments: dict[str, Any] = {
             "model": str(model),
             "dtype": ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype,
@@ -370,6 +375,12 @@ class VllmEngine:
             weight_version=self._version,
             speculation=self.speculation.stats,
         )
+
+
+def _is_cpu_build() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
 
 
 def _check_options(options: Mapping[str, Any], known: list[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.engine.contract import PROMPTS, EngineContract, each_request_runs_under_its_adapter
 from tests.engine.lora import make_adapters
 from tests.engine.reference import Reference
-from thornback.contracts import EngineConfig, InvalidRequest, Request
+from thornback.contracts import ConfigError, EngineConfig, InvalidRequest, Request
 from thornback.engine.vllm_engine import VllmEngine
 
 pytestmark = [
@@ -61,7 +61,12 @@ def test_each_request_runs_under_its_adapter(engine, tiny_model, adapters) -> No
     each_request_runs_under_its_adapter(engine, tiny_model("qwen3", **SIZES), adapters)
 
 
+def test_another_device_than_its_own_is_refused(tiny_model) -> None:
+    with pytest.raises(ConfigError, match="built for CPUs"):
+        VllmEngine(str(tiny_model("qwen3", **SIZES)), EngineConfig(device="cuda"))
+
+
 def test_hand_overs_are_refused(engine) -> None:
-    with pytest.raises(InvalidRequest, match="torch engine"):
+    with pytest.raises(InvalidRequest, match="without a kv_location"):
         engine.add_request(Request("kv", PROMPTS[1], export_kv=True))
     assert not engine.has_unfinished_requests()
