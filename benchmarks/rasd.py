@@ -8,9 +8,9 @@ with trees sized to the machine, as an engine does by itself: tokens per second,
 `transformers` with its prompt lookup on the same target (`speedup_vs_vllm_suffix`, `speedup_vs_vllm_ngram`: our
 speed-up over our plain decoding over theirs over their own).
 
-vLLM verifies chains. With proposals of the same fixed length, RASD's under vLLM (`--engine vllm`, which asks no draft
-head) against its `suffix`: tokens emitted per pass, the average over the tasks over theirs, the worse of `LENGTHS`
-(`vllm_accept_vs_suffix`); and, sized as either does by itself, tokens per second (`vllm_speed_vs_suffix`).
+vLLM verifies chains. With proposals of one length at most, however unlikely, RASD's under vLLM (`--engine vllm`, which
+asks no draft head) against its `suffix`: tokens emitted per pass, the average over the tasks over theirs, the worse of
+`LENGTHS` (`vllm_accept_vs_suffix`); and, sized as either does by itself, tokens per second (`vllm_speed_vs_suffix`).
 
 Every source's text is plain decoding's: checked in every turn. The models are made by
 `python -m benchmarks.speculation_models`, once, if they are not there.
@@ -79,7 +79,8 @@ def _chains(models: Mapping[str, str], work: Mapping[str, Any]) -> list[Peer]:
     environment = vllm_generate.environment(cores(), intel_openmp=True)
     methods: dict[str, dict[str, Any] | None] = {"vllm": None}
     for length in LENGTHS:
-        methods[_chain("suffix", length)] = {"method": "suffix", "num_speculative_tokens": length}
+        without_limits = {"suffix_decoding_max_spec_factor": 1000.0, "suffix_decoding_min_token_prob": 0.0}
+        methods[_chain("suffix", length)] = {"method": "suffix", "num_speculative_tokens": length, **without_limits}
     return [
         *(Peer(name, target, {**settings, "method": method}, environment) for name, method in methods.items()),
         *(_under_vllm(models, work, length, adaptive=False) for length in LENGTHS),

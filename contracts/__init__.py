@@ -23,7 +23,16 @@ from thornback.contracts.generation import (
     Request,
     SpeculatingEngine,
 )
-from thornback.contracts.kv import SHARED, BlockRun, KVExport, KVImport, Lease, Reservation, TransferStats
+from thornback.contracts.kv import (
+    MIXED_VERSIONS,
+    SHARED,
+    BlockRun,
+    KVExport,
+    KVImport,
+    Lease,
+    Reservation,
+    TransferStats,
+)
 from thornback.contracts.rollouts import (
     CACHED_VERSION,
     FINISH_REASONS,
@@ -63,6 +72,7 @@ __all__ = [
     "CACHED_VERSION",
     "ENGINE_SIZES",
     "FINISH_REASONS",
+    "MIXED_VERSIONS",
     "SHARED",
     "STORAGE_DTYPES",
     "ActorLost",

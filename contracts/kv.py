@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+MIXED_VERSIONS = -1  # the `weight_version` of keys and values that no single version has computed
 SHARED = "shared"  # an engine's `kv_location`: memory that other processes of the node can map
 
 

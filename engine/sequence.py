@@ -32,6 +32,7 @@ class Sequence:
     num_hashed_blocks: int = 0
     prefix_node: int = 0  # the prefix cache's node of the last hashed block
     cacheable: bool = True
+    mixes_weights: bool = False  # its keys and values
     prompt_logprobs: list | None = None
     grammar: Any = None
     num_draft_tokens: int = 0  # that the coming pass verifies, if there is room for them

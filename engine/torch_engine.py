@@ -13,6 +13,7 @@ import torch
 
 from thornback.algorithms import runs_of
 from thornback.contracts import (
+    MIXED_VERSIONS,
     BlockRun,
     ConfigError,
     EngineConfig,
@@ -385,7 +386,7 @@ class TorchEngine:
             lease=lease,
             dtype=self.pool.dtype,
             block_shape=self.pool.block_shape,
-            weight_version=self.weight_version,
+            weight_version=MIXED_VERSIONS if seq.mixes_weights else self.weight_version,
             num_drafted_tokens=read[0],
             hidden=read[1],
         )
@@ -419,7 +420,7 @@ class TorchEngine:
                 if in_flight == "recompute" and seq in self.scheduler.running:
                     self.scheduler.preempt(seq)
                 elif seq.block_table:
-                    seq.cacheable = False  # its blocks mix versions
+                    seq.cacheable, seq.mixes_weights = False, True
 
     def load_draft(self, weights: WeightView) -> None:
         """Give the draft head these parameters, which were learned for the model's present ones. Raises `RuntimeError`

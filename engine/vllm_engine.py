@@ -11,7 +11,7 @@ import difflib
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -53,6 +53,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
+_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
@@ -86,10 +88,11 @@ class VllmEngine:
         from thornback.engine.vllm_worker import eos_of
 
         _check_options(options, [f.name for f in fields(EngineArgs)])
-        if options.get("tensor_parallel_size", 1) > 1 and (config.speculation or config.kv_location):
+        several = [name for name in _PARALLEL if options.get(name, 1) > 1]
+        if several and (config.speculation or config.kv_location):
             raise ConfigError(
                 "Several workers of vLLM share neither guesses nor what they hand over: leave speculation and prefill "
-                "replicas out, or take tensor_parallel_size=1."
+                f"replicas out, or take {several[0]}=1."
             )
         _show_no_names()
         on_cpu = _is_cpu_build()
@@ -155,6 +158,8 @@ class VllmEngine:
                 config.speculation, retrievers, drafter, self.max_model_len, self.vocab_size, verifies_trees=False
             )
             self._llm.collective_rpc("speculate", args=(self._speculation, blocks))
+            # Else vLLM pads what has one token to compute with as many as may be guessed, and has it wait for room.
+            self._llm.engine_core.engine_core.scheduler.num_spec_tokens = 0
         self.measure_costs()
 
     @property
@@ -195,24 +200,45 @@ class VllmEngine:
             raise InvalidRequest("This engine hands no keys and values over: it was made without a kv_location.")
         if request.sampling.json_schema is not None:
             self._check_schema(request.sampling.json_schema)
-        if request.export_kv:
-            self._names[request.request_id] = []
-            self._waiting.append(request)
-            self._begin_exports()
-            return
-        params = self.staging.receive(request, kv, self._version) if self.staging is not None else None
+        params = None
+        if request.export_kv and self.staging is not None:
+            params = None if self._waiting else self.staging.prepare(request)
+            if params is None:
+                self._check(request)  # now, since later nobody can be told
+                self._names[request.request_id] = []
+                self._waiting.append(request)
+                return
+        elif self.staging is not None:
+            params = self.staging.receive(request, kv, self._version)
         self._begin(request, params)
 
-    def _begin_exports(self) -> None:
+    def _begin_exports(self, staging: Staging) -> None:
         """Begin requests that hand over, as far as there is room for that."""
-        while self._waiting:
-            assert self.staging is not None
-            params = self.staging.prepare(self._waiting[0])
-            if params is None:
-                return
+        while self._waiting and (params := staging.prepare(self._waiting[0])) is not None:
             self._begin(self._waiting.popleft(), params)
 
     def _begin(self, request: Request, kv_transfer_params: dict[str, Any] | None) -> None:
+        for index, (prompt, params) in enumerate(self._for_vllm(request, kv_transfer_params)):
+            name = f"{self._num_requests}/{index}"
+            try:
+                self._llm.add_request(name, prompt, params, lora_request=self._adapter(request.adapter))
+            except self._refusals as error:
+                self.abort_request(request.request_id)
+                raise InvalidRequest(f"vLLM refuses request {request.request_id}: {error}") from error
+            self._samples[name] = _Sample(request, index)
+            self._names.setdefault(request.request_id, []).append(name)
+        self._num_requests += 1
+
+    def _check(self, request: Request) -> None:
+        """Raise `InvalidRequest` for what vLLM would refuse."""
+        try:
+            for prompt, params in self._for_vllm(request, None):
+                self._llm.input_processor.process_inputs("", prompt, params, self._llm.get_supported_tasks())
+        except self._refusals as error:
+            raise InvalidRequest(f"vLLM refuses request {request.request_id}: {error}") from error
+
+    def _for_vllm(self, request: Request, kv_transfer_params: dict[str, Any] | None) -> Iterator[tuple[Any, Any]]:
+        """Prompt and parameters of each sample."""
         sampling, before = request.sampling, request.output_token_ids
         seed = next(self._seeds) if sampling.seed is None else sampling.seed
         stops = self._eos.union(sampling.stop_token_ids) if not sampling.ignore_eos else {*sampling.stop_token_ids}
@@ -228,15 +254,7 @@ class VllmEngine:
             params.extra_args["kv_transfer_params"] = kv_transfer_params
             if request.export_kv:
                 params.max_tokens = 1
-            name = f"{self._num_requests}/{index}"
-            try:
-                self._llm.add_request(name, rendered, params, lora_request=self._adapter(request.adapter))
-            except self._refusals as error:
-                self.abort_request(request.request_id)
-                raise InvalidRequest(f"vLLM refuses request {request.request_id}: {error}") from error
-            self._samples[name] = _Sample(request, index)
-            self._names.setdefault(request.request_id, []).append(name)
-        self._num_requests += 1
+            yield rendered, params
 
     def _check_schema(self, schema: str) -> None:
         if self._grammars is None:
@@ -265,7 +283,7 @@ class VllmEngine:
     def step(self) -> list[Output]:
         if self.staging is not None:
             self.staging.expire()
-            self._begin_exports()
+            self._begin_exports(self.staging)
         if self._paused or not self._samples:
             return []
         return [self._output(result) for result in self._llm.step()]
@@ -341,6 +359,8 @@ class VllmEngine:
             pool.evict_blocks({block.block_id for block in pool.blocks if block.block_hash is not None})
         for waiting in self._llm.engine_core.engine_core.scheduler.waiting:
             (waiting.kv_transfer_params or {}).pop("load", None)  # what has come for it is of other weights
+        if self.staging is not None and in_flight == "keep":
+            self.staging.mix()
         self._version = version
         self.flush_prefix_cache()  # a run that goes back to a checkpoint uses its versions again
 

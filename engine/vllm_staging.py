@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from thornback.algorithms import runs_of
-from thornback.contracts import BlockRun, EngineConfig, KVExport, KVImport, Lease, Request, Reservation
+from thornback.contracts import MIXED_VERSIONS, BlockRun, EngineConfig, KVExport, KVImport, Lease, Request, Reservation
 from thornback.engine.block_manager import BlockManager
 from thornback.engine.kv_pool import KVPool
 from thornback.engine.leases import Leases
 
 _SEQUENCES = 16  # of the longest so many fit,
-_SHARE = 2  # but it takes no more than the cache's memory over this
+_SHARE = 2  # but one, at least, and no more than the cache's memory over this holds
 
 
 class Staging:
@@ -33,6 +33,7 @@ class Staging:
         self._blocks = BlockManager(num_blocks, config.block_size, enable_prefix_caching=False)
         self._leases = Leases(self._blocks, config.lease_seconds)
         self._held: dict[str, list[int]] = {}  # blocks that unfinished requests read or write, by request
+        self._mixed: set[str] = set()  # those of them whose keys and values are of several weights
 
     def prepare(self, request: Request) -> dict[str, Any] | None:
         """vLLM's `kv_transfer_params` of a request that is to hand over; None: there is no room yet."""
@@ -55,7 +56,7 @@ class Staging:
             lease=self._leases.offer(blocks),
             dtype=self.pool.dtype,
             block_shape=self.pool.block_shape,
-            weight_version=version,
+            weight_version=MIXED_VERSIONS if request.request_id in self._mixed else version,
             layout=self.pool.layout,
         )
 
@@ -71,7 +72,9 @@ class Staging:
             kv = replace(kv, blocks=reservation)
         assert isinstance(kv.blocks, Reservation)
         blocks = self._leases.take(kv.blocks)
-        if blocks is None or kv.weight_version != version:  # given up meanwhile, or of other weights
+        rest = len(request.prompt_token_ids) + len(request.output_token_ids) - kv.num_tokens
+        # Given up meanwhile, or of other weights; and vLLM must be left a token to compute.
+        if blocks is None or kv.weight_version != version or rest < 1:
             self._blocks.release(blocks or [])
             return None
         self._held[request.request_id] = blocks
@@ -80,6 +83,11 @@ class Staging:
     def forget(self, request_id: str) -> None:
         """A request has read or written its blocks, or is gone."""
         self._blocks.release(self._held.pop(request_id, []))
+        self._mixed.discard(request_id)
+
+    def mix(self) -> None:
+        """Unfinished requests go on under other weights, with the keys and values that they have."""
+        self._mixed = set(self._held)
 
     def reserve(self, num_tokens: int) -> Reservation | None:
         self.expire()

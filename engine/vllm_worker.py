@@ -60,14 +60,19 @@ class WorkerExtension:
         """Guess and verify by this, and by draws by position; see `ChainProposer.serve`."""
         runner = self.model_runner
         runner.drafter.serve(runner, speculation, blocks)
+        # Nearer to the limit vLLM would draft zeros in our place; our chains end where their requests may.
+        runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens
         runner.rejection_sampler = PositionalVerifier(runner.sampler, runner.drafter)
 
     def guess_by(self, speculation: Speculation) -> None:
         self.model_runner.drafter.use(speculation)
 
     def try_pass(self, num_tokens: int) -> None:
-        """A pass over so many tokens of no request."""
-        self.model_runner._dummy_run(num_tokens)
+        """A pass over so many tokens of no request, and their logits."""
+        runner = self.model_runner
+        with torch.inference_mode():
+            hidden, _ = runner._dummy_run(num_tokens)
+            runner.model.compute_logits(hidden[:num_tokens])[0, 0].item()  # which waits for it
 
     def load_flat_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         """Copy weights, by their checkpoint's names, into vLLM's own layout."""

@@ -8,7 +8,7 @@ import pytest
 
 from tests.engine.contract import PROMPTS
 from tests.engine.hand_over import PARAMS, SIZES, prefilled
-from thornback.contracts import EngineConfig, KVImport, Request
+from thornback.contracts import MIXED_VERSIONS, EngineConfig, KVImport, Request
 from thornback.engine import TorchEngine, copy_parameters, generate, read_export
 
 
@@ -64,3 +64,17 @@ def test_keys_and_values_of_other_weights_are_computed_again(engines) -> None:
     while decode.has_unfinished_requests():
         rest += [t for o in decode.step() for t in o.token_ids]
     assert out.token_ids + rest == wanted
+
+
+def test_keys_and_values_of_several_weights_are_nobodys(engines) -> None:
+    prefill, _ = engines
+    prefill.scheduler.max_num_batched_tokens = 16
+    prefill.add_request(Request("p", PROMPTS[3], PARAMS, export_kv=True))
+    assert prefill.step() == []  # a part of the prompt
+    prefill.load_weights(copy_parameters(prefill.model), version=1, in_flight="keep")
+    outputs = []
+    while prefill.has_unfinished_requests():
+        outputs += prefill.step()
+    assert outputs[-1].kv.weight_version == MIXED_VERSIONS
+    prefill.release(outputs[-1].kv.lease)
+    assert prefilled(prefill, "q", PROMPTS[3]).kv.weight_version == 1

@@ -17,15 +17,14 @@ from tests.engine.contract import PROMPTS
 from tests.engine.hand_over import PARAMS, prefilled
 from tests.engine.test_vllm_engine import SIZES
 from thornback.contracts import (
+    MIXED_VERSIONS,
     SHARED,
-    BlockRun,
     EngineConfig,
     InvalidRequest,
     KVImport,
     Request,
     SamplingParams,
     TransferFailed,
-    WeightView,
 )
 from thornback.engine import PeerPools, TorchEngine, generate, read_export, read_runs, write_runs
 from thornback.engine.model import load_model
@@ -39,6 +38,7 @@ pytestmark = [
         reason="vLLM is not installed here; make test-vllm",
     ),
 ]
+ROOM = 5  # requests like LONG, that are staged at once
 LONG = tuple(np.random.default_rng(0).integers(5, 60, 77).tolist())
 
 
@@ -119,6 +119,7 @@ def test_what_was_cached_here_is_not_loaded_again(engine, torch_engine) -> None:
     out = prefilled(engine, "p", LONG)
     assert out.num_cached_tokens == 64  # whole blocks
     kv = pulled(engine, out.kv)
+    engine.pool.tensor[list(kv.blocks.blocks[:2])] = 9.0  # would spoil the answer if they were read
     request = Request("d", LONG, PARAMS, output_token_ids=tuple(out.token_ids))
     rest, num_cached = rest_of(engine, request, kv)
     assert num_cached == len(LONG)
@@ -161,7 +162,7 @@ def test_who_finds_no_room_waits_for_a_lease_to_end(engine) -> None:
     names = [str(i) for i in range(8)]
     for name in names:
         engine.add_request(Request(name, LONG, PARAMS, export_kv=True))
-    assert engine.load().num_waiting > 0
+    assert engine.load().num_waiting - len(engine._llm.engine_core.engine_core.scheduler.waiting) == 8 - ROOM
     engine.abort_request("7")
     found = {}
     deadline = time.monotonic() + 20
@@ -180,8 +181,12 @@ def test_an_aborted_request_gives_back_what_had_come(engine) -> None:
     kv = pulled(engine, out.kv)
     engine.add_request(Request("d", LONG, PARAMS, output_token_ids=tuple(out.token_ids)), kv)
     engine.abort_request("d")
-    kv = engine.reserve(len(LONG))
-    engine.release(kv.lease)
+    for steps in range(3):  # and so one that is to hand over, between two parts of its prompt
+        engine.add_request(Request("e", LONG, PARAMS, export_kv=True))
+        for _ in range(steps):
+            engine.step()
+        engine.abort_request("e")
+        engine.flush_prefix_cache()
 
 
 def test_keys_and_values_of_other_weights_are_computed_again(engine, torch_engine, model) -> None:
@@ -192,7 +197,7 @@ def test_keys_and_values_of_other_weights_are_computed_again(engine, torch_engin
     request = Request("d", LONG, PARAMS, output_token_ids=tuple(out.token_ids))
     engine.load_weights(weights, version=1)
     assert rest_of(engine, request, kv) == (wanted(torch_engine, LONG)[1:], 0)
-    kv = pulled(engine, replace(prefilled(engine, "p", LONG).kv))
+    kv = pulled(engine, prefilled(engine, "p", LONG).kv)
     engine.flush_prefix_cache()
     engine.pool.tensor[list(kv.blocks.blocks)] = 9.0
     engine.add_request(request, kv)
@@ -203,16 +208,39 @@ def test_keys_and_values_of_other_weights_are_computed_again(engine, torch_engin
     assert rest == wanted(torch_engine, LONG)[1:]
 
 
-def test_blocks_of_another_engine_are_refused(engine, torch_engine, model) -> None:
-    assert isinstance(copy_parameters(load_model(model)), WeightView)
-    config = EngineConfig(num_threads=1, max_model_len=128, kv_location=SHARED)
-    other = TorchEngine(model, config)
-    export = prefilled(other, "p", LONG).kv
+@pytest.mark.parametrize("in_flight", ["keep", "recompute"])
+def test_weights_that_come_in_the_middle_of_a_prompt(engine, model, tiny_model, in_flight) -> None:
+    engine.add_request(Request("p", LONG, PARAMS, export_kv=True))
+    assert engine.step() == []  # a part of it
+    version = engine.load().weight_version + 1
+    engine.load_weights(copy_parameters(load_model(tiny_model("qwen3", **SIZES, seed=1))), version, in_flight)
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    export = outputs[-1].kv
+    assert export.weight_version == (MIXED_VERSIONS if in_flight == "keep" else version)
+    kv = pulled(engine, export)
+    engine.flush_prefix_cache()
+    request = Request("d", LONG, PARAMS, output_token_ids=tuple(outputs[-1].token_ids))
+    _, num_cached = rest_of(engine, request, kv)
+    assert num_cached == (0 if in_flight == "keep" else len(LONG))  # what is mixed is computed again
+    engine.load_weights(copy_parameters(load_model(model)), version + 1)
+
+
+def test_an_arrival_that_leaves_nothing_to_compute_is_not_used(engine, torch_engine) -> None:
+    kv = pulled(engine, prefilled(engine, "p", LONG).kv)
+    engine.flush_prefix_cache()
+    assert rest_of(engine, Request("d", LONG, PARAMS), kv) == (wanted(torch_engine, LONG), 0)
+
+
+def test_blocks_of_another_layout_are_refused(engine) -> None:
+    export = prefilled(engine, "p", LONG).kv
+    assert "vLLM" in export.layout
     reservation = engine.reserve(export.num_tokens)
     with pytest.raises(TransferFailed, match="serve one model with one engine"):
-        PeerPools().pull(export, engine.pool, reservation)
+        PeerPools().pull(replace(export, layout=""), engine.pool, reservation)
     engine.release(reservation.lease)
-    assert export.runs == (BlockRun(export.runs[0].start, 3),)
+    engine.release(export.lease)
 
 
 def test_several_samples_are_not_handed_over(engine) -> None:

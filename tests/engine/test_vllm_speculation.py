@@ -146,6 +146,59 @@ class TestWhatIsSaid:
             assert one == other[: len(one)]
 
 
+def test_nothing_is_guessed_for_a_schema_whatever_happens_beside_it(guessing, torch_engine) -> None:
+    """Near a neighbour's limit vLLM drafts zeros for all, where it is let."""
+    schema = Request("schema", (7,) * 8, SamplingParams(max_tokens=8, temperature=0.0, json_schema='{"const": 110}'))
+    (alone,) = answers(torch_engine, [schema])["schema"]
+    guessing.add_request(Request("long", (7,) * 8, SamplingParams(max_tokens=200, seed=0, ignore_eos=True)))
+    said: dict[str, list[int]] = {"long": [], "schema": []}
+    drafted, scheduler = [], guessing._llm.engine_core.engine_core.scheduler
+    while guessing.has_unfinished_requests():
+        for output in guessing.step():
+            said[output.request_id] += output.token_ids
+        drafted += [r.spec_token_ids for r in scheduler.requests.values() if r.num_prompt_tokens < r.num_tokens < 13]
+        if not said["schema"] and 8 + len(said["long"]) == guessing.max_model_len - 6:
+            guessing.add_request(schema)
+    assert said["schema"] == alone
+    assert len(drafted) == 4 + 3  # of the first steps of the one, and of the other's
+    assert drafted[4:] == [[], [], []]
+
+
+def test_little_room_delays_guesses_and_changes_nothing(model, torch_engine) -> None:
+    """Few blocks, so that requests are preempted, and passes no longer than a chain."""
+    rng = np.random.default_rng(1)
+    requests = []
+    for i in range(24):
+        said = rng.integers(5, VOCABULARY, rng.integers(4, 34)).tolist()
+        requests.append(
+            Request(str(i), (*said, *said, *said[:3]), SamplingParams(max_tokens=NEW_TOKENS, seed=i, ignore_eos=True))
+        )
+    wanted = answers(torch_engine, requests)
+    known = [[*r.prompt_token_ids, *wanted[r.request_id][0]] for r in requests]
+    config = EngineConfig(
+        max_num_seqs=8,
+        max_model_len=128,
+        num_blocks=14,
+        max_num_batched_tokens=32,
+        num_threads=1,
+        speculation=SpeculationConfig(num_nodes=32, adaptive=False),
+    )
+    engine = VllmEngine(str(model), config, (Datastore.build(known, 2 * VOCABULARY),))
+    _kept.append(engine)
+    cached = [Request(str(i), tuple(range(5, 5 + 33)), SamplingParams(max_tokens=4, seed=0)) for i in range(2)]
+    for request in cached:  # vLLM would pad the second, all but a token of which is cached, beyond a pass
+        engine.add_request(request)
+        for _ in range(12):
+            engine.step()
+        assert not engine.has_unfinished_requests()
+    got = answers(engine, requests)
+    reference = Reference(model)
+    for request in requests:
+        (one,), (other,) = got[request.request_id], wanted[request.request_id]
+        reference.assert_same(request.prompt_token_ids, one, other, request.sampling)
+    assert engine.load().speculation.num_accepted_tokens > 24
+
+
 def test_what_is_known_is_said_in_fewer_passes(guessing, torch_engine) -> None:
     requests = requests_of(24, temperature=1.0)[:1]
     guessing.add_request(requests[0])
@@ -173,6 +226,8 @@ def test_an_aborted_request_is_forgotten(guessing) -> None:
     answers(guessing, requests_of(1))
     load = guessing.load()
     assert load.num_free_blocks == load.num_blocks
+    (held,) = guessing._llm.collective_rpc(lambda worker: len(worker.model_runner.drafter._sequences))
+    assert held <= 1  # of the request that ended last
 
 
 def test_guesses_adapt_and_costs_can_be_given(model, torch_engine) -> None:

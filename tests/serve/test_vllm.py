@@ -87,7 +87,7 @@ def split(serve, models):
     return serve(
         models[0],
         *("--pd", "--engine", "vllm", f"served_model_name={MODEL}", "threads_per_replica=1", "split_tokens=8"),
-        *("engine.max_model_len=1024", "engine.kv_cache_memory_bytes=16000000"),
+        *("engine.max_model_len=1024", "engine.kv_cache_memory_bytes=16000000", "--speculate", "rasd"),
     )
 
 
