@@ -118,6 +118,20 @@ def test_guesses_from_earlier_rollouts_change_none(model) -> None:
     assert report.speculation == repeated.speculation
 
 
+def test_two_workers_of_vllm_share_a_model_and_its_new_weights(model) -> None:
+    """Tensor parallel, in processes of vLLM's own; each takes its part of what is published."""
+    core = worker(model, "vllm", tensor_parallel_size=2)
+    same(core.generate(SHARD, SAMPLING, 0)[0], worker(model, "torch").generate(SHARD, SAMPLING, 0)[0])
+    policy = learner(model)
+    batch, _ = core.generate(SHARD, SAMPLING, 0)
+    policy.update(0, np.random.default_rng(0).normal(size=len(batch)), batch)
+    core.load_weights(*policy.weights(), 1)
+    batch, _ = core.generate(SHARD, SAMPLING, 1)
+    report = policy.update(1, np.ones(len(batch)), batch)
+    assert report.metrics["mismatch/mean_abs"] < 1e-5
+    core.engine._llm.engine_core.shutdown()  # its processes
+
+
 def test_wrong_options_are_told(model) -> None:
     with pytest.raises(ConfigError, match=r"tensor_parallel_sizes.*tensor_parallel_size"):
         worker(model, "vllm", tensor_parallel_sizes=2)
