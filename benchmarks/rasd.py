@@ -67,10 +67,9 @@ def _ours(models: Mapping[str, str], work: Mapping[str, Any], num_nodes: int, ad
 
 def _under_vllm(models: Mapping[str, str], work: Mapping[str, Any], num_nodes: int, adaptive: bool) -> Peer:
     settings = {**models, **work, "num_nodes": num_nodes, "adaptive": adaptive, "threads": cores()}
-    environment = vllm_generate.environment(cores(), intel_openmp=True)
     named = "vllm rasd" if adaptive else _chain("rasd", num_nodes)
     made = {**settings, "source": "rasd", "engine": "vllm"}
-    return Peer(named, "benchmarks.peers.speculation:thornback", made, environment)
+    return Peer(named, "benchmarks.peers.speculation:thornback", made, ACTOR_ENVIRONMENT)
 
 
 def _chains(models: Mapping[str, str], work: Mapping[str, Any]) -> list[Peer]:

@@ -171,15 +171,21 @@ def _pause(context):
 
 
 def _openmp() -> tuple[Callable[..., None], int] | None:
-    """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP library that torch has loaded, and the address
-    of `omp_get_num_threads`. None where there is no such library (other builds of torch): kernels then run alone."""
-    try:
-        library = ctypes.CDLL("libgomp.so.1")
-        run, count = library.GOMP_parallel, library.omp_get_num_threads
-    except (OSError, AttributeError):
-        return None
-    run.argtypes, run.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return run, _address(count)
+    """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP library that torch uses, and the address of
+    `omp_get_num_threads`. None where there is no such library (other builds of torch): kernels then run alone.
+
+    That is the one that the process was started with, such as Intel's for vLLM, if there is one, and else the one that
+    torch has loaded: of two the threads wait for work beside each other, which makes a step take twice as long.
+    """
+    for name in (None, "libgomp.so.1"):
+        try:
+            library = ctypes.CDLL(name)
+            run, count = library.GOMP_parallel, library.omp_get_num_threads
+        except (OSError, AttributeError):
+            continue
+        run.argtypes, run.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+        return run, _address(count)
+    return None
 
 
 def _address(function: Any) -> int:

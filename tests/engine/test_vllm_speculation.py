@@ -6,7 +6,11 @@ Runs where vLLM is installed, which is the benchmarks' environment: `make test-v
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,3 +290,15 @@ def test_a_retriever_that_fails_costs_its_requests_guesses_only(model, torch_eng
     stats = engine.load().speculation
     assert stats.num_drafts > 0
     assert stats.num_failures == 24
+
+
+def test_kernels_use_the_threads_that_vllm_was_started_with() -> None:
+    """Two OpenMP libraries in a process wait for work beside each other: a step took twice as long."""
+    library = str(Path(sys.prefix, "lib", "libiomp5.so"))
+    program = f"""
+import ctypes, torch
+from thornback.engine.compiled import _OPENMP
+address = lambda function: ctypes.cast(function, ctypes.c_void_p).value
+assert address(_OPENMP[0]) == address(ctypes.CDLL({library!r}).GOMP_parallel)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "LD_PRELOAD": library})
