@@ -18,7 +18,7 @@ InFlight = Literal["finish", "recompute", "keep"]
 class Request:
     """A prompt to be continued. `adapter` names a LoRA adapter that the engine has loaded.
 
-    `export_kv`: stop after the prompt's keys and values and the first token, and hand them out. Needs n = 1.
+    `export_kv`: stop after the prompt's keys and values and the first token, and hand them out.
     `output_token_ids`: what the request has produced elsewhere already (before a hand-over or a fail-over);
     it goes on after them, with the same draws and limits as if it had never moved. Needs n = 1.
     """

@@ -24,8 +24,6 @@ def check_request(request: Request, vocab_size: int, max_model_len: int, adapter
         )
     if request.output_token_ids and (sampling.n > 1 or len(request.output_token_ids) >= sampling.max_tokens):
         raise InvalidRequest("A request that goes on after earlier output needs n = 1 and room below max_tokens.")
-    if request.export_kv and sampling.n > 1:
-        raise InvalidRequest("A request that hands its keys and values over needs n = 1.")
     if request.adapter is not None and request.adapter not in adapters:
         known = ", ".join(sorted(adapters)) or "none"
         raise InvalidRequest(f"There is no adapter named {request.adapter}; loaded: {known}.")

@@ -196,6 +196,8 @@ class VllmEngine:
         check_request(request, self.vocab_size, self.max_model_len, self._adapters)
         if request.request_id in self._names:
             raise InvalidRequest(f"Request id {request.request_id} is in use; ids must be unique while they run.")
+        if request.export_kv and request.sampling.n > 1:
+            raise InvalidRequest("Under vLLM a request that hands its keys and values over needs n = 1.")
         if (request.export_kv or kv is not None) and self.staging is None:
             raise InvalidRequest("This engine hands no keys and values over: it was made without a kv_location.")
         if request.sampling.json_schema is not None:
