@@ -29,10 +29,10 @@ def rows(directory: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def process_of(directory: Path, role: str) -> int:
-    """The process that a role's actor lives in now."""
+def started(directory: Path, role: str) -> list[int]:
+    """The processes that a role's first actor has lived in, the present one last."""
     found = [re.search(rf"^{role} 0 \(process (\d+) on", e["message"]) for e in events(directory)]
-    return int([m for m in found if m][-1][1])
+    return [int(match[1]) for match in found if match]
 
 
 def killer(directory: Path, plan: list[tuple[int, str]]) -> threading.Thread:
@@ -40,9 +40,9 @@ def killer(directory: Path, plan: list[tuple[int, str]]) -> threading.Thread:
 
     def kill():
         for steps, role in plan:
-            while rows(directory) < steps:
+            while rows(directory) < steps or not started(directory, role):  # steps may begin without it
                 time.sleep(0.002)
-            os.kill(process_of(directory, role), signal.SIGKILL)
+            os.kill(started(directory, role)[-1], signal.SIGKILL)
             while not any(e["kind"] == "actor_lost" and e["message"].startswith(role) for e in events(directory)):
                 time.sleep(0.01)
 
