@@ -29,13 +29,12 @@ def holds_head(config: Mapping[str, Any]) -> bool:
     return config.get("architectures") == [ARCHITECTURE]
 
 
-def refuse_head(draft: str | Path) -> None:
-    """Raise `ConfigError` for a draft head: it reads its model's hidden states, which vLLM shows no proposer."""
-    if not is_hub_name(draft) and holds_head(read_draft_config(draft, {})):
-        raise ConfigError(
-            f"{draft} is a draft head, which reads the hidden states of its model; vLLM shows them to nobody. Give a "
-            "small model as the draft, none at all, or take the torch engine."
-        )
+def head_refused(draft: str | Path) -> ConfigError:
+    """What to say of a draft head to vLLM, which shows no proposer the hidden states that it reads."""
+    return ConfigError(
+        f"{draft} is a draft head, which reads the hidden states of its model; vLLM shows them to nobody. Give a "
+        "small model as the draft, none at all, or take the torch engine."
+    )
 
 
 def read_draft_config(directory: str | Path, target: Mapping[str, Any]) -> dict[str, Any]:

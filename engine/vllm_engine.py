@@ -7,18 +7,14 @@ own cache (vllm_connector.py).
 
 from __future__ import annotations
 
-import difflib
-import os
-import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from thornback.contracts import (
-    ConfigError,
     EngineConfig,
     EngineLoad,
     InFlight,
@@ -40,20 +36,10 @@ from thornback.engine.requests import check_request
 from thornback.engine.speculation import Speculation
 from thornback.engine.step_trials import time_steps
 from thornback.engine.structured import GrammarCompiler
-from thornback.engine.vllm_speculation import make_drafter, speculative_config
+from thornback.engine.vllm_arguments import device, engine_args, set_environment
+from thornback.engine.vllm_speculation import make_drafter
 from thornback.engine.vllm_staging import Staging
 from thornback.engine.weights import TORCH_DTYPES
-
-# Read when vLLM is imported: one process, whose cores other actors share, and the model runner whose sampler is ours.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
-
-_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,64 +62,16 @@ class VllmEngine:
     ) -> None:
         """`options` are further arguments of vLLM's `EngineArgs`, such as `enforce_eager=False`."""
         self.config = config = config or EngineConfig()
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        if config.num_threads:
-            os.environ["OMP_NUM_THREADS"] = str(config.num_threads)
-            torch.set_num_threads(config.num_threads)
-        from vllm import EngineArgs
+        set_environment(config.num_threads)
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.llm_engine import LLMEngine
 
         from thornback.engine.vllm_worker import eos_of
 
-        _check_options(options, [f.name for f in fields(EngineArgs)])
-        several = [name for name in _PARALLEL if options.get(name, 1) > 1]
-        if several and (config.speculation or config.kv_location):
-            raise ConfigError(
-                "Several workers of vLLM share neither guesses nor what they hand over: leave speculation and prefill "
-                f"replicas out, or take {several[0]}=1."
-            )
-        _show_no_names()
-        on_cpu = _is_cpu_build()
-        if config.device not in ("auto", "cpu" if on_cpu else "cuda"):
-            raise ConfigError(
-                f"This vLLM was built for {'CPUs' if on_cpu else 'GPUs'} and runs on nothing else, but device is "
-                f"{config.device}; leave it out, install the other build (docs/vllm.md), or take the torch engine."
-            )
-        arguments: dict[str, Any] = {
-            "model": str(model),
-            "dtype": ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype,
-            "max_model_len": config.max_model_len or -1,  # what the cache holds, as with the torch engine
-            "block_size": config.block_size,
-            "max_num_seqs": config.max_num_seqs,
-            "max_num_batched_tokens": config.max_num_batched_tokens,
-            "enable_prefix_caching": config.enable_prefix_caching,
-            "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
-            "num_gpu_blocks_override": config.num_blocks,
-            "max_logprobs": -1,
-            "disable_log_stats": True,
-            "enforce_eager": on_cpu,  # compiling takes longer there than it saves
-            "async_scheduling": False,  # a draw's position is the number of tokens before it
-            "worker_extension_cls": "thornback.engine.vllm_worker.WorkerExtension",
-        }
-        if config.speculation is not None:
-            arguments["speculative_config"] = speculative_config(config.speculation)
-        if config.kv_location:
-            arguments["kv_transfer_config"] = {
-                "kv_connector": "FlowKVConnector",
-                "kv_connector_module_path": "thornback.engine.vllm_connector",
-                "kv_role": "kv_both",
-            }
-        if "gpu_memory_utilization" in options:  # which sizes the cache only where nothing else does
-            del arguments["kv_cache_memory_bytes"]
         self._adapters = {name: number for number, (name, _) in enumerate(config.adapters, start=1)}
         self._adapter_paths = dict(config.adapters)
-        if config.adapters:
-            # On CPU a request without an adapter gets the last place's, beside one that has one: it stays empty.
-            places = len(config.adapters) + on_cpu
-            arguments |= {"enable_lora": True, "max_loras": places, "max_lora_rank": _rank(config)}
-        self._llm = LLMEngine.from_engine_args(EngineArgs(**{**arguments, **options}))
+        arguments = engine_args(str(model), config, options)
+        self._llm = LLMEngine.from_engine_args(arguments)
         self._llm.collective_rpc("draw_by_position")
         self.max_model_len: int = self._llm.model_config.max_model_len
         self.vocab_size: int = self._llm.model_config.get_vocab_size()
@@ -153,7 +91,7 @@ class VllmEngine:
         self._speculation = Speculation(None, (), None, self.max_model_len, self.vocab_size)
         if config.speculation is not None:
             of_model = self.vocab_size, self.max_model_len
-            drafter, blocks = make_drafter(config, *of_model, "cpu" if on_cpu else "cuda", str(arguments["dtype"]))
+            drafter, blocks = make_drafter(config, *of_model, device(), arguments.dtype)
             self._speculation = Speculation(
                 config.speculation, retrievers, drafter, self.max_model_len, self.vocab_size, verifies_trees=False
             )
@@ -397,36 +335,6 @@ class VllmEngine:
             weight_version=self._version,
             speculation=self.speculation.stats,
         )
-
-
-def _is_cpu_build() -> bool:
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cpu()
-
-
-def _check_options(options: Mapping[str, Any], known: list[str]) -> None:
-    for name in options:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"vLLM's engine has no argument {name}; did you mean {nearest}?")
-
-
-def _show_no_names() -> None:
-    """vLLM on CPU reads the `__dict__` of everything that modules hold; numba's library of C functions takes that for
-    the name of one, and vLLM fails on what it gets."""
-    ffi = sys.modules.get("llvmlite.binding.ffi")
-    if ffi is not None:
-        ffi.lib._fntab["__dict__"] = {}
-
-
-def _rank(config: EngineConfig) -> int:
-    """The largest of the adapters' ranks, as vLLM wants to know it."""
-    import json
-    from pathlib import Path
-
-    ranks = [json.loads(Path(path, "adapter_config.json").read_text())["r"] for _, path in config.adapters]
-    return max(8, 1 << (max(ranks) - 1).bit_length())
 
 
 def _ranked(table: dict[int, Any], count: int) -> list[tuple[int, float]]:

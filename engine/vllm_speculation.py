@@ -15,7 +15,7 @@ import torch
 
 from thornback.contracts import EngineConfig, Request, SamplingParams, SpeculationConfig
 from thornback.engine.block_manager import BlockManager
-from thornback.engine.draft_files import check_vocabulary, refuse_head
+from thornback.engine.draft_files import check_vocabulary, head_refused, holds_head, is_hub_name, read_draft_config
 from thornback.engine.drafter import Drafter
 from thornback.engine.model import ModelShape, load_model
 from thornback.engine.sequence import Sequence
@@ -24,8 +24,8 @@ from thornback.engine.speculation import Speculation
 
 def speculative_config(config: SpeculationConfig) -> dict[str, Any]:
     """vLLM's argument of this name. Raises `ConfigError` for what vLLM cannot guess by."""
-    if config.draft:
-        refuse_head(config.draft)
+    if config.draft and not is_hub_name(config.draft) and holds_head(read_draft_config(config.draft, {})):
+        raise head_refused(config.draft)
     proposer = f"{ChainProposer.__module__}.{ChainProposer.__qualname__}"
     return {"method": "custom_class", "model": proposer, "num_speculative_tokens": config.num_nodes}
 

@@ -10,7 +10,7 @@ import ray
 from pyarrow import fs
 
 from thornback.contracts import DataError, ModelError, Retriever
-from thornback.engine.draft_files import holds_head, is_hub_name, read_draft_config, refuse_head
+from thornback.engine.draft_files import head_refused, holds_head, is_hub_name, read_draft_config
 from thornback.serve.config import SpeculationSection
 from thornback.serve.model_source import TOKENIZER_FILES
 
@@ -33,8 +33,8 @@ def check_sources(section: SpeculationSection, model: str, engine: str) -> None:
         Datastore.open(section.datastore, vocab_size, fingerprint)
     if section.draft and not is_hub_name(section.draft):
         head = holds_head(read_draft_config(section.draft, config))
-        if engine == "vllm":
-            refuse_head(section.draft)
+        if head and engine == "vllm":
+            raise head_refused(section.draft)
         if config and not head:
             _compare_tokens(section.draft, model)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 
 import numpy as np
@@ -11,16 +10,14 @@ import pytest
 from tests.actors.batches import SAMPLING, SHARD, learner
 from tests.actors.test_episodes import PROMPTS, Echo
 from tests.actors.test_episodes import SAMPLING as TURNS
+from tests.vllm import NEEDS_VLLM
 from thornback.actors import EpisodeSpec, PromptShard, RolloutSpec
 from thornback.actors.groups import GroupPlayer
 from thornback.actors.rollout_worker import RolloutWorkerCore
 from thornback.contracts import ConfigError, EngineConfig, RolloutBatch, SpeculationConfig
 from thornback.data import load_tokenizer, render_prompt
 
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here; make test-vllm"),
-]
+pytestmark = NEEDS_VLLM
 
 
 @pytest.fixture(scope="module")

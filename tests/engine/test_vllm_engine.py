@@ -5,23 +5,16 @@ Runs where vLLM is installed, which is the benchmarks' environment: `make test-v
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
 from tests.engine.contract import PROMPTS, EngineContract, each_request_runs_under_its_adapter
 from tests.engine.lora import make_adapters
 from tests.engine.reference import Reference
+from tests.vllm import NEEDS_VLLM
 from thornback.contracts import ConfigError, EngineConfig, InvalidRequest, Request
 from thornback.engine.vllm_engine import VllmEngine
 
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None,
-        reason="vLLM is not installed here; make test-vllm",
-    ),
-]
+pytestmark = NEEDS_VLLM
 SIZES = {"hidden_size": 128}  # vLLM's attention on CPU has no heads of fewer than 32 numbers
 
 

@@ -6,7 +6,6 @@ engine hands over to itself here, and to others in tests/serve/test_vllm.py.
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ import pytest
 from tests.engine.contract import PROMPTS
 from tests.engine.hand_over import PARAMS, prefilled
 from tests.engine.test_vllm_engine import SIZES
+from tests.vllm import NEEDS_VLLM
 from thornback.contracts import (
     MIXED_VERSIONS,
     SHARED,
@@ -31,13 +31,7 @@ from thornback.engine.model import load_model
 from thornback.engine.vllm_engine import VllmEngine
 from thornback.engine.weights import copy_parameters
 
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None,
-        reason="vLLM is not installed here; make test-vllm",
-    ),
-]
+pytestmark = NEEDS_VLLM
 ROOM = 5  # requests like LONG, that are staged at once
 LONG = tuple(np.random.default_rng(0).integers(5, 60, 77).tolist())
 

@@ -5,7 +5,6 @@ Runs where vLLM is installed, which is the benchmarks' environment: `make test-v
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 
 from tests.engine.reference import Reference
 from tests.engine.test_vllm_engine import SIZES
+from tests.vllm import NEEDS_VLLM
 from thornback.contracts import ConfigError, EngineConfig, Request, SamplingParams, SpeculationConfig, TokenTree
 from thornback.data import Datastore, PromptLookup
 from thornback.engine import TorchEngine, generate
@@ -24,13 +24,7 @@ from thornback.engine.draft_head import DraftHead
 from thornback.engine.model import load_model
 from thornback.engine.vllm_engine import VllmEngine
 
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None,
-        reason="vLLM is not installed here; make test-vllm",
-    ),
-]
+pytestmark = NEEDS_VLLM
 VOCABULARY, NEW_TOKENS = 64, 24
 _kept: list[VllmEngine] = []  # vLLM's engines of a process share what the first to go takes down
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import time
@@ -12,12 +11,10 @@ import pytest
 from tests.serve.conftest import MODEL, make_byte_model
 from tests.serve.test_split import answers, check_same, mixed_requests
 from tests.serve.test_split_faults import check_back_to_normal, under_load
+from tests.vllm import NEEDS_VLLM
 from thornback.contracts import EngineConfig, Request, SamplingParams
 
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here; make test-vllm"),
-]
+pytestmark = NEEDS_VLLM
 PROMPT = tuple(range(3, 60))
 
 
