@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from thornback.contracts import ConfigError, EngineConfig
+from thornback.contracts import ConfigError, EngineConfig, ModelError
 from thornback.engine.vllm_speculation import speculative_config
 
 # Read when vLLM is imported: one process, whose cores other actors share, and the model runner whose sampler is ours.
@@ -46,7 +46,7 @@ def device() -> str:
 
 def engine_args(model: str, config: EngineConfig, options: Mapping[str, Any]) -> Any:
     """vLLM's `EngineArgs`; `options` are such as well, and come first. Raises `ConfigError` for what does not go
-    together."""
+    together, and `ModelError` for a model that vLLM cannot run here."""
     from vllm import EngineArgs
 
     _check_options(options, [f.name for f in fields(EngineArgs)])
@@ -93,7 +93,14 @@ def engine_args(model: str, config: EngineConfig, options: Mapping[str, Any]) ->
         # On CPU a request without an adapter gets the last place's, beside one that has one: it stays empty.
         places = len(config.adapters) + on_cpu
         arguments |= {"enable_lora": True, "max_loras": places, "max_lora_rank": _rank(config)}
-    return EngineArgs(**{**arguments, **options})
+    args = EngineArgs(**{**arguments, **options})
+    head_size = args.create_model_config().get_head_size()
+    if on_cpu and head_size % 32:  # its first pass would say so, in words of its kernels
+        raise ModelError(
+            f"{model} has heads of {head_size} numbers; vLLM's attention on CPU takes multiples of 32 only. Take the "
+            "torch engine, or build the model with such a head_dim."
+        )
+    return args
 
 
 def _check_options(options: Mapping[str, Any], known: list[str]) -> None:

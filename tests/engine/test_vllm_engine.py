@@ -11,7 +11,7 @@ from tests.engine.contract import PROMPTS, EngineContract, each_request_runs_und
 from tests.engine.lora import make_adapters
 from tests.engine.reference import Reference
 from tests.vllm import NEEDS_VLLM
-from thornback.contracts import ConfigError, EngineConfig, InvalidRequest, Request
+from thornback.contracts import ConfigError, EngineConfig, InvalidRequest, ModelError, Request
 from thornback.engine.vllm_engine import VllmEngine
 
 pytestmark = NEEDS_VLLM
@@ -57,6 +57,11 @@ def test_each_request_runs_under_its_adapter(engine, tiny_model, adapters) -> No
 def test_another_device_than_its_own_is_refused(tiny_model) -> None:
     with pytest.raises(ConfigError, match="built for CPUs"):
         VllmEngine(str(tiny_model("qwen3", **SIZES)), EngineConfig(device="cuda"))
+
+
+def test_a_model_that_it_cannot_run_on_cpu_is_refused_before_it_is_loaded(tiny_model) -> None:
+    with pytest.raises(ModelError, match="heads of 16 numbers"):
+        VllmEngine(str(tiny_model("qwen3")), EngineConfig(max_model_len=64))
 
 
 def test_hand_overs_are_refused(engine) -> None:
