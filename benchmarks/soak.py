@@ -12,6 +12,7 @@ of them. Of what is flat, all are about 0. The rows give each role's.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -37,6 +38,8 @@ from thornback.train.cluster import cluster
 
 SECONDS, QUICK_SECONDS = 3600.0, 150.0
 EVERY, WARM_UP = 10.0, 0.2
+# Ray's GCS remembers so many tasks: 100,000 by default, which would take it the first quarter of an hour.
+REMEMBERED_TASKS = {"RAY_task_events_max_num_task_in_gcs": "20000"}
 
 
 def recipe(model: str, directory: Path, address: str) -> dict[str, Any]:
@@ -112,6 +115,7 @@ def measure(quick: bool, say: Callable[[str], None]) -> Results:
     seconds = QUICK_SECONDS if quick else SECONDS
     model = warm_start("arithmetic", 0, quick)
     samples = []
+    os.environ.update(REMEMBERED_TASKS)
     with tempfile.TemporaryDirectory() as temporary, cluster(None):
         model.make(say)
         address = ray.get_runtime_context().gcs_address
