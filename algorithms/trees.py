@@ -48,20 +48,23 @@ def likelihoods(tokens, parents, weights, match_length, doubt, first, least):
 def fuse(tokens, parents, chances, stops, num_nodes, max_depth):
     """One tree of several sources': each path of a later one is walked down the earlier ones while tokens agree,
     and what is left of it is attached there (longest prefix matching); then only the `num_nodes` likeliest nodes of at
-    most `max_depth` are kept. Sources lie one behind the other, up to `stops` `[S]`, parents counted within each. A
-    node is right where any source is, if they err independently (ours). Returns tokens, parents and chances."""
+    most `max_depth` are kept. Sources lie one behind the other, up to `stops` `[S]`, parents counted within each.
+
+    Behind a node, a token is right where any source is, if they err independently; what the tokens there come to is 1
+    at most (ours). Returns tokens, parents and chances."""
     size = len(tokens)
-    found, above, doubt = np.empty(size, np.int32), np.empty(size, np.int32), np.zeros(size, np.float64)
+    found, above, share = np.empty(size, np.int32), np.empty(size, np.int32), np.zeros(size, np.float64)
     depth, place = np.empty(size, np.int64), np.full(size, -1, np.int64)
     child, sibling = np.full(size + 1, -1, np.int64), np.full(size, -1, np.int64)
     number, start = 0, 0
     for stop in stops:
         for i in range(start, stop):
-            under = -1
-            if parents[i] >= 0:
-                under = place[start + parents[i]]
+            under = place[start + parents[i]] if parents[i] >= 0 else -1
             if not chances[i] > 0 or (parents[i] >= 0 and under < 0):  # also where a draft says NaN
                 continue
+            chance = np.float64(chances[i])
+            if parents[i] >= 0:
+                chance /= chances[start + parents[i]]
             level = 1 if under < 0 else depth[under] + 1
             if level > max_depth:
                 continue
@@ -73,17 +76,20 @@ def fuse(tokens, parents, chances, stops, num_nodes, max_depth):
                 number += 1
                 found[node], above[node], depth[node] = tokens[i], under, level
                 sibling[node], child[under + 1] = child[under + 1], node
-            doubt[node] -= np.log1p(-min(chances[i], 0.999))
+            share[node] += (1.0 - share[node]) * min(chance, 1.0)
             place[i] = node
         start = stop
+    total, likely = np.zeros(number + 1, np.float64), np.empty(number, np.float32)
+    for i in range(number):
+        total[above[i] + 1] += share[i]
+    for i in range(number):
+        chance = share[i] / max(total[above[i] + 1], 1.0)
+        likely[i] = chance * likely[above[i]] if above[i] >= 0 else chance
     # A child is never likelier than its parent, and comes after it, so that the best nodes bring their ancestors.
-    best = np.sort(np.argsort(-doubt[:number], kind="mergesort")[:num_nodes])
+    best = np.sort(np.argsort(-likely, kind="mergesort")[:num_nodes])
     to = np.full(number + 1, -1, np.int32)
     to[best] = np.arange(len(best))
-    likely = np.empty(len(best), np.float32)
-    for i in range(len(best)):
-        likely[i] = -np.expm1(-doubt[best[i]])
-    return found[best], to[above[best]], likely
+    return found[best], to[above[best]], likely[best]
 
 
 @compiled

@@ -59,17 +59,38 @@ def check_shape(tokens, parents):
 
 @given(tries(), tries())
 def test_fusion_holds_every_path_once(one, other) -> None:
-    trees = [(t, p, w / (1 + w.max(initial=0))) for t, p, w, _ in (one, other)]
+    trees = [(t, p, w / (1 + w[p < 0].sum())) for t, p, w, _ in (one, other)]
     tokens, parents, likely = fused(*trees)
     check_shape(tokens, parents)
     paths = one[3] + other[3]
     for path in paths:
         assert len(walk(tokens, parents, path)) == len(path)
     assert len(tokens) == len({tuple(path[: i + 1]) for path in paths for i in range(len(path))})
-    for path in paths:  # right where any source is, if they err independently
-        found = [tree[2][walk(*tree[:2], path)[-1:]] for tree in trees if len(walk(*tree[:2], path)) == len(path)]
-        wrong = np.prod([1 - float(chance[0]) for chance in found])
-        assert likely[walk(tokens, parents, path)[-1]] == pytest.approx(1 - wrong, abs=1e-5)
+    for path in paths:  # right where any source is, if they err independently; but behind a node they come to 1 at most
+        wanted = 1.0
+        for n in range(1, len(path) + 1):
+            held = [behind(tree, path[: n - 1]) for tree in trees]
+            right = {token: 1 - np.prod([1 - of.get(token, 0.0) for of in held]) for token in {*held[0], *held[1]}}
+            wanted *= right[path[n - 1]] / max(sum(right.values()), 1.0)
+        assert likely[walk(tokens, parents, path)[-1]] == pytest.approx(wanted, abs=1e-5)
+
+
+def behind(tree, path):
+    """What a tree holds of each token behind a path."""
+    tokens, parents, chances = tree
+    nodes = walk(tokens, parents, path)
+    if len(nodes) < len(path):
+        return {}
+    node, above = (nodes[-1], chances[nodes[-1]]) if nodes else (-1, 1.0)
+    return {int(tokens[i]): float(chances[i] / above) for i in np.flatnonzero(parents == node)}
+
+
+def test_sources_that_disagree_share_what_there_is() -> None:
+    one = (np.array([1, 2], np.int32), np.array([-1, 0], np.int32), np.array([0.9, 0.45], np.float32))
+    other = (np.array([1, 3, 2], np.int32), np.array([-1, -1, 0], np.int32), np.array([0.5, 0.4, 0.25], np.float32))
+    tokens, _, likely = fused(one, other)
+    assert tokens.tolist() == [1, 2, 3]
+    np.testing.assert_allclose(likely, [0.95 / 1.35, 0.95 / 1.35 * 0.75, 0.4 / 1.35], rtol=1e-6)
 
 
 @given(tries(), tries(), st.integers(0, 12), st.integers(1, 5))
