@@ -179,17 +179,19 @@ def results_of(samples: list[dict[str, Any]], steps: int, answers: int) -> Resul
 
 def draw(samples: list[dict[str, Any]], roles: dict[str, Any], path: Path) -> None:
     """Memory by role, over minutes."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.add_subplot()
+    axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
     minutes = [(s["time"] - samples[0]["time"]) / 60 for s in samples]
     for role in roles:
         memory = [sum(v for name, v in s["memory"].items() if name.rpartition(" ")[0] == role) for s in samples]
         if max(memory) > 50:
             axes.plot(minutes, memory, label=role, linewidth=1)
     axes.set(xlabel="minutes", ylabel="memory of its own, MB", ylim=(0, None))
-    axes.legend(frameon=False, ncols=2, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
