@@ -38,7 +38,7 @@ from thornback.train.cluster import cluster
 
 SECONDS, QUICK_SECONDS = 3600.0, 150.0
 EVERY, WARM_UP = 10.0, 0.2
-# Ray's GCS remembers so many tasks: 100,000 by default, which would take it the first quarter of an hour.
+# Ray's GCS remembers so many tasks: by default 100,000, which fill it only in most of the hour.
 REMEMBERED_TASKS = {"RAY_task_events_max_num_task_in_gcs": "20000"}
 
 

@@ -8,8 +8,6 @@ of torch's OpenMP pool is told to enter.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +17,13 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, from_dtype, njit, types
-from numba.core import cgutils, config, sigutils
+from numba.core import cgutils, sigutils
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
+
+from thornback.algorithms.compiled import cache_directory, kept_in
 
 # Sums may be taken in any order and products fused; infinities and NaN keep their meaning.
 OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
@@ -34,16 +34,7 @@ _FLOATS = ("scaling", "epsilon")
 
 
 def _cache_directory() -> str:
-    """Where compiled kernels are kept, so that only a machine's first engine waits for them; empty where nothing may
-    be written. It is named by all that kernels are made of: numba would not see a change in another file."""
-    text = b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in _SOURCES)
-    cache = config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    place = Path(cache, "thornback", "kernels", hashlib.sha256(text).hexdigest()[:16])
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return ""
-    return str(place) if os.access(place, os.W_OK) else ""
+    return cache_directory("kernels", (Path(__file__).parent / f"{name}.py" for name in _SOURCES))
 
 
 _CACHE = _cache_directory()
@@ -221,11 +212,8 @@ class Compiled:
         kind = types.void(types.CPointer(from_dtype(np.dtype(struct))))
         self._function = CFunc(function, sigutils.normalize_signature(kind), locals={}, options=OPTIONS)
         if _CACHE:
-            others, config.CACHE_DIR = config.CACHE_DIR, _CACHE
-            try:
+            with kept_in(_CACHE):
                 self._function._cache = _Kept(function)
-            finally:
-                config.CACHE_DIR = others
         self._function.compile()
         self.struct = struct
         self.address = self._function.address

@@ -9,12 +9,12 @@ import sys
 from thornback.engine import ACTOR_ENVIRONMENT
 
 UPDATES, SETTLED = 70, 20
-ALLOWED = 5.0  # MB; without a bound on what torch keeps for each size, this model's take 25 more
+ALLOWED = 5.0  # MB; without a bound on what torch keeps for each size, this model's take 30 more
 
 SCRIPT = """
 import ctypes, sys
 import numpy as np
-from tests.actors.batches import advantages, learner, rollouts
+from tests.actors.batches import learner, rollouts
 
 class Usage(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in
